@@ -1,0 +1,359 @@
+"""The run configuration: typed, frozen, documented sections, read from YAML and ``key=value``.
+
+An unknown key, a wrong type or an impossible combination is a ``UserError`` that names the line,
+the value and the fix. No torch here.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from titans_pretrain.errors import UserError, nearest
+from titans_pretrain.model import fields
+
+PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
+
+
+class Section(BaseModel):
+    """A group of keys; unknown ones are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+class LengthStage(Section):
+    """From which optimizer step on sequences have which length."""
+
+    from_step: int = Field(ge=0)
+    """First optimizer step (counted from 0) of the stage."""
+    length: int = Field(ge=1)
+    """Tokens per sequence; divides data.sequence_length."""
+
+
+class DataSection(Section):
+    """What is read, and in which order."""
+
+    manifest: str
+    """Path of the manifest.json that ``titans data prepare`` wrote."""
+    sequence_length: int = Field(ge=1)
+    """Tokens per training sequence; also the span that the global order permutes."""
+    length_schedule: list[LengthStage] = []
+    """Shorter sequences at first; a step holds the same number of tokens throughout."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the global order."""
+    validation_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of the tokens, the last of the prepared stream, that is never trained on."""
+
+
+class MeshSection(Section):
+    """How ranks divide the work; data ranks = ranks / (tensor * sequence)."""
+
+    tensor: int = Field(default=1, ge=1, le=1)
+    """Ranks that share a layer."""
+    sequence: int = Field(default=1, ge=1, le=1)
+    """Ranks that share a sequence."""
+    shard: Literal["data"] = "data"
+    """Ranks over which ZeRO-3 shards parameters."""
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = Field(ge=1)
+    """Sequences of full length per optimizer step, over all ranks."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Sequences of full length per rank and forward pass."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    min_learning_rate_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the last step over the peak."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up; the first step already has learning_rate / warmup_steps."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled decay of matrices; vectors, gates and norms are not decayed."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's first-moment decay."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's second-moment decay."""
+    epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+    gradient_clip: float = Field(default=1.0, ge=0)
+    """Bound on the global gradient norm; 0 turns clipping off."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: bfloat16 weights and activations, float32 master, gradients summed in float32."""
+    activation_checkpointing: bool = False
+    """Keep block inputs only and recompute blocks in backward."""
+    validation_every: int = Field(default=0, ge=0)
+    """Steps between validations; 0 validates after the last step only."""
+    validation_sequences: int = Field(default=0, ge=0)
+    """Sequences of a validation; 0 takes all held-out ones."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights."""
+
+
+class CheckpointSection(Section):
+    """When the run is saved."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints kept."""
+
+
+class RunSection(Section):
+    """Where the run lives and who is told."""
+
+    directory: str
+    """Directory of the run's files."""
+    name: str = ""
+    """Name in reports and wandb; empty takes the directory's."""
+    wandb_project: str | None = None
+    """wandb project; null logs to metrics.jsonl only. Offline when no key is set."""
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    model: dict[str, Any]
+    """Resolved fields of TitansConfig (titans_pretrain/model/fields.py)."""
+    data: DataSection
+    mesh: MeshSection = MeshSection()
+    train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    run: RunSection
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML, apply ``section.key=value`` overrides, resolve the preset, check it all.
+
+    Raises:
+        UserError: unreadable file, unknown key, wrong type or impossible combination.
+    """
+    path = Path(path)
+    raw, lines = _read(path)
+    for override in overrides:
+        _override(raw, override, lines)
+    return resolve(raw, source=str(path), lines=lines)
+
+
+def resolve(
+    raw: Mapping[str, Any], *, source: str, lines: Mapping[tuple[str, ...], str] | None = None
+) -> RunConfig:
+    """Check a mapping of sections and fill in what is not given.
+
+    Args:
+        raw: sections as read from YAML.
+        source: where it came from, for messages.
+        lines: key paths to positions, for messages.
+    """
+    where = _Where(source, lines or {})
+    values = dict(raw)
+    if not isinstance(values.get("model", {}), dict):
+        where.fail(
+            ("model",), f"model: {values['model']!r} is no mapping", "give keys of the model"
+        )
+    values["model"] = resolve_model(values.get("model", {}), where)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        _explain(error, where)
+    _check(config, where)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML that ``load`` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def resolve_model(section: Mapping[str, Any], where: "_Where | None" = None) -> dict[str, Any]:
+    """All fields of the model from a preset's name and the fields that differ from it."""
+    where = where or _Where("model", {})
+    given = dict(section)
+    preset = given.pop("preset", None)
+    base = load_preset(preset, where) if preset is not None else {}
+    values = fields.defaults() | base | given
+    for problem in fields.problems(base | given):
+        key = ("model", problem.field)
+        where.fail(key, f"model.{problem.field}: {problem.message}", problem.fix)
+    for name in fields.unused(values["variant"], given):
+        if given[name] != fields.TABLE[name].default:
+            where.fail(
+                ("model", name),
+                f"model.{name}: variant {values['variant']!r} does not use it",
+                "take it out, or choose a variant out of " + ", ".join(fields.TABLE[name].variants),
+            )
+    return values
+
+
+def load_preset(name: Any, where: "_Where | None" = None) -> dict[str, Any]:
+    """The fields of a preset in ``configs/model``."""
+    where = where or _Where("model.preset", {})
+    known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if name not in known:
+        where.fail(
+            ("model", "preset"), f"model.preset: no preset {name!r}", nearest(str(name), known)
+        )
+    loaded: dict[str, Any] = yaml.load((PRESETS / f"{name}.yaml").read_text(), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    return loaded
+
+
+class _Where:
+    """Positions of keys in the file they came from."""
+
+    def __init__(self, source: str, lines: Mapping[tuple[str, ...], str]) -> None:
+        self.source = source
+        self.lines = lines
+
+    def at(self, key: tuple[str, ...]) -> str:
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.lines:
+                return self.lines[key[:length]]
+        return self.source
+
+    def fail(self, key: tuple[str, ...], what: str, fix: str) -> NoReturn:
+        raise UserError(what, where=self.at(key), fix=fix)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot read the configuration: {error}", where=str(path), fix="give a YAML file"
+        ) from None
+    try:
+        raw = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UserError(
+            f"not valid YAML: {getattr(error, 'problem', error)}", where=at, fix="mend this line"
+        ) from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            "the configuration is no mapping of sections",
+            where=str(path),
+            fix=f"give the sections {', '.join(RunConfig.model_fields)}",
+        )
+    return raw, dict(_lines(node, path))
+
+
+def _lines(node: Any, path: Path, prefix: tuple[str, ...] = ()) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = (*prefix, str(key.value))
+            yield name, f"{path}:{key.start_mark.line + 1}"
+            yield from _lines(value, path, name)
+
+
+def _override(raw: dict[str, Any], text: str, lines: dict[tuple[str, ...], str]) -> None:
+    key, equals, value = text.partition("=")
+    parts = tuple(key.split("."))
+    if not equals or len(parts) != 2 or not all(parts):
+        raise UserError(
+            f"{text!r} is no override", where="command line", fix="write section.key=value"
+        )
+    section = raw.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise UserError(
+            f"{parts[0]}: {section!r} is no mapping",
+            where=lines.get(parts[:1], "command line"),
+            fix="give the section's keys on lines of their own",
+        )
+    try:
+        section[parts[1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        raise UserError(
+            f"{value!r} is no YAML value", where=f"command line: {text}", fix="quote it"
+        ) from None
+    lines[parts] = f"command line: {text}"
+
+
+def _explain(error: ValidationError, where: _Where) -> NoReturn:
+    """Turn pydantic's first complaint into three lines."""
+    first = error.errors()[0]
+    key = tuple(str(part) for part in first["loc"])
+    name = ".".join(key)
+    if first["type"] == "extra_forbidden":
+        known = _keys_of(key[:-1])
+        where.fail(key, f"{name}: no such key", nearest(key[-1], known))
+    if first["type"] == "missing":
+        where.fail(key, f"{name}: missing", f"add {key[-1]} to {'.'.join(key[:-1]) or 'the file'}")
+    where.fail(key, f"{name}: {first['input']!r} is not allowed", first["msg"])
+
+
+def _keys_of(section: tuple[str, ...]) -> list[str]:
+    kinds: dict[str, type[BaseModel]] = {
+        name: field.annotation  # type: ignore[misc]
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+    if not section:
+        return list(RunConfig.model_fields)
+    if section[:2] == ("data", "length_schedule"):
+        return list(LengthStage.model_fields)
+    return list(kinds[section[0]].model_fields)
+
+
+def _check(config: RunConfig, where: _Where) -> None:
+    """The rules between sections."""
+    train, data, micro = config.train, config.data, config.train.micro_batch_size
+    if train.warmup_steps > train.steps:
+        where.fail(
+            ("train", "warmup_steps"),
+            f"train.warmup_steps: {train.warmup_steps} exceeds train.steps {train.steps}",
+            f"use {train.steps} or less",
+        )
+    if train.global_batch_size % train.micro_batch_size:
+        where.fail(
+            ("train", "global_batch_size"),
+            f"train.global_batch_size: {train.global_batch_size} is no multiple of "
+            f"micro_batch_size {micro}",
+            f"use {-(-train.global_batch_size // micro) * micro}",
+        )
+    starts = [stage.from_step for stage in data.length_schedule]
+    if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+        where.fail(
+            ("data", "length_schedule"),
+            f"data.length_schedule: stages start at {starts}",
+            "start the first at step 0 and each later one at a larger step",
+        )
+    for stage in data.length_schedule:
+        if data.sequence_length % stage.length:
+            where.fail(
+                ("data", "length_schedule"),
+                f"data.length_schedule: {stage.length} does not divide sequence_length "
+                f"{data.sequence_length}",
+                "use a divisor of it",
+            )
