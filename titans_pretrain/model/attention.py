@@ -1,0 +1,231 @@
+"""Attention: sliding window or full over a stream, and over the segments of MAC.
+
+Shapes: B batch, H heads, T time (or N slots), h head width, P persistent tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_titans import TitansConfig
+from .fields import rotated_width
+from .layers import rotate, split_heads
+from .layout import Layout, join, newest
+
+
+class AttentionProjections(nn.Module):
+    """Queries, keys and values of an attention, rotated by position."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.head_width = width // config.num_attention_heads
+        self.rotated = rotated_width(self.head_width, config.partial_rotary_factor)
+        self.theta = config.rope_theta
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+
+    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
+        """(B, T, D) to rotated queries (B, H, T, h)."""
+        heads = split_heads(self.q_proj(x), self.head_width)
+        return rotate(heads, positions, self.rotated, self.theta)
+
+    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D) to rotated keys and values, each (B, H, T, h)."""
+        keys = split_heads(self.k_proj(x), self.head_width)
+        values = split_heads(self.v_proj(x), self.head_width)
+        return rotate(keys, positions, self.rotated, self.theta), values
+
+    def prefix(self, persistent: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, H, P, h) of tokens without position: only unrotated parts count."""
+        keys = split_heads(self.k_proj(persistent), self.head_width)
+        values = split_heads(self.v_proj(persistent), self.head_width)
+        return F.pad(keys[..., self.rotated :], (self.rotated, 0)), values
+
+
+class WindowAttention(nn.Module):
+    """Causal attention over the last ``window`` tokens, over all of them if None."""
+
+    def __init__(self, config: TitansConfig, window: int | None) -> None:
+        super().__init__()
+        self.project = AttentionProjections(config)
+        self.window = window
+
+    def forward(
+        self,
+        x: Tensor,
+        persistent: Tensor | None = None,
+        layout: Layout | None = None,
+        cached: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attend.
+
+        Args:
+            x: (B, T, D).
+            persistent: (1, P, D) tokens every row sees, or None.
+            layout: the slots when decoding or padded.
+            cached: ``keys`` and ``values`` (B, M, H, h) of what the rows saw last, or empty.
+
+        Returns:
+            Heads (B, H, T, h), and the cache afterwards (empty without a layout).
+        """
+        positions = (
+            torch.arange(x.shape[1], device=x.device) if layout is None else layout.positions
+        )
+        queries = self.project.queries(x, positions)
+        keys, values = self.project.keys_values(x, positions)
+        prefix = None if persistent is None else self.project.prefix(persistent)
+        if layout is None:
+            return _blocks(queries, keys, values, prefix, self.window, None), {}
+        return self._continue(queries, keys, values, prefix, layout, cached or {})
+
+    def _continue(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        prefix: tuple[Tensor, Tensor] | None,
+        layout: Layout,
+        cached: dict[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        by_time = [keys.transpose(1, 2), values.transpose(1, 2)]
+        history = [
+            cached.get(name, tensor[:, :0]) for name, tensor in zip(_KV, by_time, strict=True)
+        ]
+        joined = [join(old, new, layout) for old, new in zip(history, by_time, strict=True)]
+        length = history[0].shape[1]
+        known = layout.lead + length - layout.position.clamp(max=length)
+        seen = length + int(layout.count.max())
+        kept = seen if self.window is None else min(self.window - 1, seen)
+        after = {
+            name: newest(_widen(tensor, kept, layout), kept, layout)
+            for name, tensor in zip(_KV, joined, strict=True)
+        }
+        all_keys, all_values = (tensor.transpose(1, 2) for tensor in joined)
+        return _blocks(queries, all_keys, all_values, prefix, self.window, known), after
+
+
+_KV = ("keys", "values")
+
+
+def _widen(joined: Tensor, length: int, layout: Layout) -> Tensor:
+    """Zeros in front, so that rows shorter than ``length`` have that many entries."""
+    missing = length - (joined.shape[1] - layout.valid.shape[1])
+    if missing <= 0:
+        return joined
+    return F.pad(joined, (0, 0) * (joined.dim() - 2) + (missing, 0))
+
+
+def _blocks(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix: tuple[Tensor, Tensor] | None,
+    window: int | None,
+    known: Tensor | None,
+) -> Tensor:
+    """Attention by blocks of queries, each with only the keys its window reaches.
+
+    Args:
+        queries: (B, H, N, h).
+        keys, values: (B, H, M + N, h), those of slot i at M + i.
+        prefix: keys and values (1, H, P, h) visible to all.
+        window: tokens in reach, None for all.
+        known: (B,) first index along M + N that holds a token, None when all do.
+    """
+    slots, total = queries.shape[2], keys.shape[2]
+    past = total - slots
+    if window is None and known is None and prefix is None and past == 0:
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    size = slots if window is None else min(window, slots)
+    outputs = []
+    for first in range(0, slots, max(size, 1)):
+        last = min(first + size, slots)
+        low = 0 if window is None else max(0, past + first - window + 1)
+        high = past + last
+        mask = _mask(queries, past + first, past + last, low, high, window, known)
+        block_keys, block_values = keys[:, :, low:high], values[:, :, low:high]
+        if prefix is not None:
+            block_keys, block_values, mask = _with_prefix(block_keys, block_values, mask, prefix)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries[:, :, first:last], block_keys, block_values, attn_mask=mask
+            )
+        )
+    return torch.cat(outputs, 2)
+
+
+def _mask(
+    like: Tensor,
+    first: int,
+    last: int,
+    low: int,
+    high: int,
+    window: int | None,
+    known: Tensor | None,
+) -> Tensor:
+    """Bool (B or 1, 1, queries, keys): which of keys [low, high) queries [first, last) see."""
+    rows = torch.arange(first, last, device=like.device)[:, None]
+    columns = torch.arange(low, high, device=like.device)[None, :]
+    seen = columns <= rows
+    if window is not None:
+        seen = seen & (columns > rows - window)
+    if known is None:
+        return seen[None, None]
+    # a slot without a token sees itself: a row of no keys at all would be undefined
+    real = (columns >= known[:, None])[:, None, None, :] | (columns == rows)
+    return seen & real
+
+
+def _with_prefix(
+    keys: Tensor, values: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = keys.shape[0]
+    prefix_keys, prefix_values = (tensor.expand(batch, -1, -1, -1) for tensor in prefix)
+    return (
+        torch.cat([prefix_keys, keys], 2),
+        torch.cat([prefix_values, values], 2),
+        F.pad(mask, (prefix_keys.shape[2], 0), value=True),
+    )
+
+
+class SegmentAttention(nn.Module):
+    """MAC's attention: full causal inside a segment, over persistent, read and own tokens.
+
+    Token i sees the memory's read for token j only for j <= i; the paper's figure shows all of
+    them, which would let a token see the future.
+    """
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        self.project = AttentionProjections(config)
+
+    def attend(
+        self,
+        queries: Tensor,
+        reads: tuple[Tensor, Tensor],
+        tokens: tuple[Tensor, Tensor],
+        prefix: tuple[Tensor, Tensor] | None,
+        cells: Tensor,
+    ) -> Tensor:
+        """Attend within one segment.
+
+        Args:
+            queries: (B, H, n, h).
+            reads: keys and values (B, H, c, h) of what the memory returned for cell 0..c-1.
+            tokens: keys and values (B, H, c, h) of the segment's tokens.
+            prefix: keys and values (1, H, P, h) of the persistent tokens, or None.
+            cells: (n,) or (B, n), the cell of each query.
+
+        Returns:
+            Heads (B, H, n, h).
+        """
+        reached = torch.arange(tokens[0].shape[2], device=cells.device)
+        seen = reached <= cells[..., None]
+        seen = seen[:, None] if cells.dim() == 2 else seen[None, None]
+        mask = torch.cat([seen, seen], -1)
+        keys, values = (torch.cat(pair, 2) for pair in zip(reads, tokens, strict=True))
+        if prefix is not None:
+            keys, values, mask = _with_prefix(keys, values, mask, prefix)
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

@@ -1,0 +1,102 @@
+"""What decoding keeps per layer: memory states, convolution tails, a window or segment of keys.
+
+Nothing in it grows with the tokens seen, but for the Transformer++ baseline's keys.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .configuration_titans import TitansConfig
+
+
+class TitansCacheLayer(CacheLayerMixin):
+    """One layer's state, a flat dict of tensors with the batch first."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+        self.state: dict[str, Tensor] = {}
+        self.seen = 0
+
+    def lazy_initialization(self, *_: Any, **__: Any) -> None:
+        """Nothing to allocate: the first call brings the tensors."""
+
+    def update(self, *_: Any, **__: Any) -> Any:
+        """Refuse keys and values: a memory is not a list of them."""
+        raise NotImplementedError("a Titans layer keeps its state in .state")
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Columns seen, pads included."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No bound on the tokens seen."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No bound on the tokens seen (older name)."""
+        return -1
+
+    def get_mask_sizes(self, query_length: Any, *_: Any) -> tuple[int, int]:
+        """Length and offset of a mask over all columns."""
+        new = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.seen + new, 0
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.state = {name: change(tensor) for name, tensor in self.state.items()}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take rows by index, for beam search."""
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        self._map(lambda tensor: tensor[indices])
+
+    def crop(self, *_: Any) -> None:
+        """Refuse: what a memory has learned cannot be taken back."""
+        raise NotImplementedError("a memory cannot be rolled back; keep a copy of the cache")
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state, self.seen = {}, 0
+
+    def offload(self) -> None:
+        """Move to host memory."""
+        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Nothing: tensors move where they are used."""
+
+
+class TitansCache(Cache):
+    """The state of all layers of a Titans model between calls."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__(layers=[TitansCacheLayer() for _ in range(config.num_hidden_layers)])
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether a call has filled it."""
+        return any(layer.state for layer in self.layers)
+
+    def position(self, batch: int, device: torch.device) -> Tensor:
+        """(B,) tokens each row has consumed."""
+        position = self.layers[0].state.get("position")
+        if position is None:
+            return torch.zeros(batch, dtype=torch.long, device=device)
+        if position.shape[0] != batch:
+            raise ValueError(f"the cache holds {position.shape[0]} rows, the call brings {batch}")
+        return position.to(device)

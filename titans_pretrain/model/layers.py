@@ -1,0 +1,115 @@
+"""Small parts the blocks are made of: norms, short convolution, feed-forward, rotary positions.
+
+Shapes: B batch, T time (or slots), D width, h head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layout import Layout, join, newest
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """The tensor in float32, or float64 if it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis with a learned scale."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) to the same shape and dtype."""
+        full = full_precision(x)
+        scaled = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + self.eps)
+        return scaled.to(x.dtype) * self.weight
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time (Section 4.4)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.width = width
+
+    def forward(
+        self, x: Tensor, history: Tensor | None = None, layout: Layout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve (B, T, D); the inputs before the first token are ``history``, zeros if None.
+
+        Returns:
+            The outputs (B, T, D), and the last ``width - 1`` inputs (B, width - 1, D).
+        """
+        past = self.width - 1
+        if history is None:
+            history = x.new_zeros(x.shape[0], past, x.shape[2])
+        if layout is None:
+            joined = torch.cat([history, x], 1)
+            after = joined[:, x.shape[1] :]
+        else:
+            joined = join(history, x, layout)
+            after = newest(joined, past, layout)
+        time = x.shape[1]
+        taps = [joined[:, tap : tap + time] * self.weight[:, tap] for tap in range(self.width)]
+        return torch.stack(taps).sum(0), after
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to the same shape."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class PersistentTokens(nn.Module):
+    """Learned tokens that do not depend on the input (Eq. 19)."""
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+
+    def forward(self) -> Tensor:
+        """The tokens as a batch of one, (1, N_p, D)."""
+        return self.weight[None]
+
+
+def rotate(x: Tensor, positions: Tensor, width: int, theta: float) -> Tensor:
+    """Rotate the first ``width`` dimensions of every head by its token's position.
+
+    Args:
+        x: (B, H, T, h).
+        positions: (T,) or (B, T) integers.
+        width: even number of dimensions that rotate.
+        theta: base of the frequencies.
+    """
+    if not width:
+        return x
+    exponent = torch.arange(0, width, 2, device=x.device, dtype=torch.float64) / width
+    angle = positions[..., None].double() * theta**-exponent
+    angle = angle[:, None] if positions.dim() == 2 else angle
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second, rest = x.split([width // 2, width // 2, x.shape[-1] - width], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+def split_heads(x: Tensor, head_width: int) -> Tensor:
+    """(B, T, D) to (B, H, T, h)."""
+    return x.unflatten(-1, (-1, head_width)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, T, h) to (B, T, D)."""
+    return x.transpose(1, 2).flatten(2)

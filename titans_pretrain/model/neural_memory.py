@@ -1,0 +1,230 @@
+"""A layer's long-term memory: projections, gates and initial weights around ``memory_scan``.
+
+Shapes: B batch, H memory heads, T time (or N slots), D width, d head width.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_titans import TitansConfig
+from .layers import (
+    PersistentTokens,
+    RMSNorm,
+    ShortConvolution,
+    full_precision,
+    merge_heads,
+    split_heads,
+)
+from .layout import Layout, choose
+from .memory import MemoryState, Rule, Tokens, memory_scan, retrieve, state_dtype
+from .memory_open import OpenMemory, scan_open
+
+FORGET_BIAS = -4.6
+MOMENTUM_BIAS = 2.2
+
+
+class Gate(nn.Linear):
+    """One scalar per head from each token, before its sigmoid; starts at ``initial_bias``."""
+
+    def __init__(self, width: int, heads: int, initial_bias: float) -> None:
+        self.initial_bias = initial_bias
+        super().__init__(width, heads)
+
+
+class InitialWeights(nn.Module):
+    """The memory MLP's weights before the first token, learned, one MLP per head."""
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        width = config.hidden_size // config.memory_heads
+        hidden = width * config.memory_expansion
+        widths = [width] + [hidden] * (config.memory_depth - 1) + [width]
+        self.depth = config.memory_depth
+        for layer in range(self.depth):
+            shape = (config.memory_heads, widths[layer + 1], widths[layer])
+            self.register_parameter(f"layer_{layer}", nn.Parameter(torch.empty(shape)))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """One (1, H, out, in) tensor per layer in state precision."""
+        layers = (getattr(self, f"layer_{layer}") for layer in range(self.depth))
+        return tuple(full_precision(weights)[None] for weights in layers)
+
+
+class Projected(NamedTuple):
+    """What a stretch of tokens brings to the memory, and what the next stretch needs to know."""
+
+    tokens: Tokens
+    carried: dict[str, Tensor]
+
+
+class NeuralMemory(nn.Module):
+    """The memory with everything that feeds it (Eq. 11-15, Section 4.4).
+
+    Callers that only write and read use ``forward``; MAC reads before it writes and uses the
+    parts. State between calls is a flat dict of tensors with the batch first.
+    """
+
+    def __init__(self, config: TitansConfig) -> None:
+        super().__init__()
+        width, heads = config.hidden_size, config.memory_heads
+        self.head_width = width // heads
+        self.chunk_size = config.chunk_size
+        self.max_step = config.max_step
+        self.gate_per_chunk = config.gate_per == "chunk"
+        self.rule = Rule(config.memory_activation, config.memory_residual, config.surprise_clip)
+        self.depth = config.memory_depth
+        for name in ("q", "k", "v"):
+            self.add_module(f"{name}_proj", nn.Linear(width, width, bias=False))
+            conv = ShortConvolution(width, config.conv_width) if config.conv_width else None
+            self.add_module(f"{name}_conv", conv)
+        self.forget_gate = Gate(width, heads, FORGET_BIAS) if config.use_forgetting else None
+        self.momentum_gate = Gate(width, heads, MOMENTUM_BIAS) if config.use_momentum else None
+        self.step_gate = Gate(width, heads, 0.0)
+        self.initial = InitialWeights(config)
+        self.norm = RMSNorm(self.head_width, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        persistent: Tensor | None,
+        layout: Layout | None,
+        cached: dict[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Write (B, T, D) into the memory and read it back, normalised, as (B, T, D).
+
+        Args:
+            x: the layer's input.
+            persistent: (1, P, D) tokens written before the first one, or None.
+            layout: the slots when decoding or padded.
+            cached: the rows' state from earlier calls, or empty.
+        """
+        if layout is None:
+            tokens = self.project(x, None, {}).tokens
+            reads, _ = self.scan(tokens, self.start(x, persistent))
+            return self.finish(reads), {}
+        memory = self.open(x, persistent, cached)
+        projected = self.project(x, layout, cached)
+        reads, memory = scan_open(projected.tokens, memory, layout, self.chunk_size, self.rule)
+        return self.finish(reads), projected.carried | memory.pack("memory")
+
+    def scan(self, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:
+        """``memory_scan`` under this layer's rule."""
+        return memory_scan(*tokens, state, chunk_size=self.chunk_size, **self.rule._asdict())
+
+    def start(self, x: Tensor, persistent: Tensor | None = None) -> MemoryState:
+        """The state before the first token of (B, T, D), persistent tokens written."""
+        weights = self.initial()
+        state = MemoryState(weights, tuple(torch.zeros_like(w) for w in weights))
+        if persistent is not None:
+            _, state = self.scan(self.project(persistent, None, {}).tokens, state)
+        batch, dtype = x.shape[0], state_dtype(x)
+        return MemoryState(
+            *(
+                tuple(t.to(dtype).expand(batch, -1, -1, -1) for t in tensors)
+                for tensors in (state.weights, state.momentum)
+            )
+        )
+
+    def open(self, x: Tensor, persistent: Tensor | None, cached: dict[str, Tensor]) -> OpenMemory:
+        """The rows' memory as a cache holds it, or at its start if the cache is empty."""
+        if cached:
+            return OpenMemory.unpack(cached, "memory", self.depth)
+        state = self.start(x, persistent)
+        return OpenMemory(state.weights, state)
+
+    def finish(self, reads: Tensor) -> Tensor:
+        """Normalise every head of (B, H, T, d) and join them to (B, T, D)."""
+        return merge_heads(self.norm(reads))
+
+    def queries(
+        self, x: Tensor, history: Tensor | None, layout: Layout | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Unit queries (B, H, T, d), and the convolution's inputs to carry on."""
+        heads, carried = self._branch("q", x, history, layout)
+        return F.normalize(heads, dim=-1), carried
+
+    def retrieve(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        """Read without writing: (B, H, T, d) to normalised (B, T, D)."""
+        return self.finish(retrieve(queries, weights, self.rule))
+
+    def project(self, x: Tensor, layout: Layout | None, cached: dict[str, Tensor]) -> Projected:
+        """Queries, keys, values and gates of (B, T, D), and what later tokens need of these."""
+        carried: dict[str, Tensor] = {}
+        branches = {}
+        for name in ("q", "k", "v"):
+            key = f"{name}_history"
+            branches[name], history = self._branch(name, x, cached.get(key), layout)
+            if history is not None:
+                carried[key] = history
+        gates = self._gates(x, layout, cached, carried)
+        queries, keys = (F.normalize(branches[name], dim=-1) for name in ("q", "k"))
+        return Projected(Tokens(queries, keys, branches["v"], *gates), carried)
+
+    def _branch(
+        self, name: str, x: Tensor, history: Tensor | None, layout: Layout | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Projection, convolution and SiLU of one of q, k, v: (B, H, T, d)."""
+        projected: Tensor = self.get_submodule(f"{name}_proj")(x)
+        carried = None
+        convolution: Any = getattr(self, f"{name}_conv")
+        if convolution is not None:
+            projected, carried = convolution(projected, history, layout)
+        return split_heads(F.silu(projected), self.head_width), carried
+
+    def _gates(
+        self,
+        x: Tensor,
+        layout: Layout | None,
+        cached: dict[str, Tensor],
+        carried: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Alpha, eta and theta, each (B, H, T), from the token or from its chunk's first one."""
+        logits = [self._logit(gate, x) for gate in (self.forget_gate, self.momentum_gate)]
+        logits.append(self._logit(self.step_gate, x))
+        stacked = torch.stack([x for x in logits if x is not None], 1)
+        if self.gate_per_chunk:
+            stacked = self._hold(stacked, layout, cached, carried)
+        rest = iter(stacked.unbind(1))
+        forget, momentum, step = (None if x is None else torch.sigmoid(next(rest)) for x in logits)
+        assert step is not None
+        if forget is None:
+            forget = torch.zeros_like(step)
+        if momentum is None:
+            momentum = torch.zeros_like(step)
+        return forget, momentum, self.max_step * (1 - momentum) * step
+
+    @staticmethod
+    def _logit(gate: Gate | None, x: Tensor) -> Tensor | None:
+        return None if gate is None else full_precision(gate(x)).transpose(1, 2)
+
+    def _hold(
+        self,
+        gates: Tensor,
+        layout: Layout | None,
+        cached: dict[str, Tensor],
+        carried: dict[str, Tensor],
+    ) -> Tensor:
+        """Spread the gates (B, G, H, T) of each chunk's first token over the chunk."""
+        time, chunk = gates.shape[-1], self.chunk_size
+        slots = torch.arange(time, device=gates.device)
+        held = gates[..., slots // chunk * chunk]
+        if layout is None:
+            return held
+        # rows that stand inside a chunk keep the gates its first token had
+        running = cached.get("gates", gates[..., 0])
+        opened, inside = layout.start // chunk, layout.start % chunk > 0
+        in_open = (layout.cells // chunk == opened[:, None]) & inside[:, None]
+        held = torch.where(in_open[:, None, None, :], running[..., None], held)
+        last = (layout.lead + layout.count - 1).clamp(min=0)
+        newest = held.gather(-1, last.view(-1, 1, 1, 1).expand(*held.shape[:3], 1)).squeeze(-1)
+        carried["gates"] = choose(layout.count > 0, newest, running)
+        return held
+
+
+def persistent_tokens(config: TitansConfig) -> PersistentTokens | None:
+    """The layer's persistent tokens, None when it has none."""
+    count = config.num_persistent_tokens
+    return PersistentTokens(count, config.hidden_size) if count else None
