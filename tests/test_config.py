@@ -1,0 +1,149 @@
+"""The run configuration refuses what it cannot mean, and says where, what and how to mend it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from titans_pretrain import config
+from titans_pretrain.errors import UserError
+
+RUN = """\
+model: {variant: lmm, hidden_size: 64, memory_heads: 2}
+data: {manifest: data/manifest.json, sequence_length: 64}
+train:
+  steps: 10
+  global_batch_size: 4
+  learning_rate: 1e-3
+run: {directory: runs/x}
+"""
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN)
+    return path
+
+
+def test_a_run_reads_its_defaults_and_keeps_its_values(run_file):
+    run = config.load(run_file)
+    assert run.train.learning_rate == 1e-3
+    assert run.train.beta2 == 0.95
+    assert run.model["memory_depth"] == 2
+
+
+def test_an_override_replaces_one_key(run_file):
+    assert config.load(run_file, ["train.steps=20"]).train.steps == 20
+
+
+def test_a_dumped_run_loads_to_an_equal_one(run_file, tmp_path):
+    run = config.load(run_file)
+    (tmp_path / "again.yaml").write_text(config.dump(run))
+    assert config.load(tmp_path / "again.yaml") == run
+
+
+def test_a_preset_gives_its_fields_and_a_given_field_wins():
+    section = {"preset": "titans-mac-170m", "chunk_size": 32}
+    values = config.resolve_model(section)
+    assert (values["variant"], values["hidden_size"], values["chunk_size"]) == ("mac", 768, 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "fix"),
+    [
+        ("train.learning_rat=3", "train.learning_rat: no such key", "'learning_rate'"),
+        ("trian.steps=3", "trian: no such key", "'train'"),
+        ("model.hiden_size=2", "no such field of the model", "'hidden_size'"),
+        ("train.steps=many", "'many' is not allowed", "integer"),
+        ("train.steps=0", "0 is not allowed", "greater than or equal to 1"),
+        ("train.precision=fp16", "'fp16' is not allowed", "bf16"),
+        ("model.hidden_size=big", "'big' is no int", "type int"),
+        ("model.memory_heads=3", "3 heads do not divide hidden_size 64", "2 heads"),
+        ("model.segment_length=3", "'lmm' does not use it", "take it out"),
+        ("model.preset=titans-mac-2b", "no preset 'titans-mac-2b'", "titans-mac"),
+        ("model.variant=mca", "'mca' is unknown", "'mac'"),
+        ("mesh.tensor=2", "2 is not allowed", "1"),
+        ("train.warmup_steps=100", "100 exceeds train.steps 10", "10"),
+        ("train.micro_batch_size=3", "no multiple", "6"),
+        ("data.length_schedule=[{from_step: 3, length: 8}]", "start at [3]", "step 0"),
+        ("data.length_schedule=[{from_step: 0, length: 7}]", "7 does not divide", "divisor"),
+        ("steps=3", "is no override", "section.key=value"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_fix(run_file, override, what, fix):
+    with pytest.raises(UserError) as caught:
+        config.load(run_file, [override])
+    assert what in caught.value.what
+    assert fix in caught.value.fix
+    assert caught.value.where
+    assert caught.value.exit_code == 2
+
+
+def test_a_chunk_larger_than_the_segment_is_refused(run_file):
+    with pytest.raises(UserError, match="exceeds segment_length"):
+        config.load(
+            run_file,
+            ["model.variant=mac", "model.num_attention_heads=2", "model.segment_length=32"],
+        )
+
+
+def test_a_bad_key_in_the_file_is_named_with_its_line(run_file):
+    run_file.write_text(RUN.replace("  steps: 10", "  step: 10"))
+    with pytest.raises(UserError) as caught:
+        config.load(run_file)
+    assert caught.value.what in ("train.step: no such key", "train.steps: missing")
+    assert caught.value.where.startswith(f"{run_file}:")
+
+
+def test_a_missing_section_is_named(run_file):
+    run_file.write_text(RUN.replace("run: {directory: runs/x}\n", ""))
+    with pytest.raises(UserError, match="run: missing"):
+        config.load(run_file)
+
+
+def test_a_key_given_twice_is_refused(run_file):
+    run_file.write_text(RUN.replace("  steps: 10", "  steps: 10\n  steps: 20"))
+    with pytest.raises(UserError, match="given twice"):
+        config.load(run_file)
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "just text\n", "a: [1\n", ""])
+def test_a_file_that_is_no_mapping_is_refused(run_file, text):
+    run_file.write_text(text)
+    with pytest.raises(UserError):
+        config.load(run_file)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        config.load(tmp_path / "absent.yaml")
+
+
+def test_every_key_is_documented():
+    for section in (
+        config.DataSection,
+        config.MeshSection,
+        config.TrainSection,
+        config.CheckpointSection,
+        config.RunSection,
+        config.RunConfig,
+    ):
+        for name, field in section.model_fields.items():
+            assert field.description or name in config.RunConfig.model_fields, name
+
+
+def test_ready_runs_load():
+    for path in (config.PRESETS.parent).glob("*.yaml"):
+        assert config.load(path).run.directory, path
+
+
+def test_presets_are_flat_maps_of_fields_that_their_variant_uses():
+    names = {path.stem for path in config.PRESETS.glob("*.yaml")}
+    sizes = ("170m", "340m", "400m", "760m", "1.3b", "3b", "7b")
+    kinds = ("titans-lmm", "titans-mac", "titans-mag", "titans-mal", "transformer")
+    assert names == {f"{kind}-{size}" for kind in kinds for size in sizes}
+    for path in config.PRESETS.glob("*.yaml"):
+        values = yaml.safe_load(path.read_text())
+        assert not config.fields.problems(values), path
+        assert not config.fields.unused(values["variant"], values), path
