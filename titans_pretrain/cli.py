@@ -4,6 +4,8 @@ import argparse
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from titans_pretrain import errors
 
@@ -24,10 +26,348 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return errors.FAILED
 
 
+def data_tokenizer(options: argparse.Namespace) -> None:
+    """Train a tokenizer on text, or check and copy an existing model."""
+    from data_prep import inputs, sources, tokenizer
+
+    if options.model:
+        made = tokenizer.import_model(options.model, options.output)
+    else:
+        columns = sources.Columns(text=options.text_column)
+        made = tokenizer.train(
+            sources.documents(inputs.find(options.input), columns),
+            options.vocab_size,
+            options.output,
+            sample_bytes=options.sample_bytes,
+        )
+    print(f"{options.output}: {made.vocab_size} pieces, sha256 {made.sha256}")
+
+
+def data_prepare(options: argparse.Namespace) -> None:
+    """Tokenize text into shards: one task, or all."""
+    from data_prep import inputs, manifest, shard, tokenizer
+
+    names = ("text_column", "id_column", "prompt_column", "min_score", "language", "seed")
+    given = {name: getattr(options, name) for name in (*names, "shard_bytes")}
+    if options.dataset:
+        source = {"dataset": options.dataset, "dataset_config": options.dataset_config}
+        source |= {"split": options.split, "revision": options.revision}
+        files = inputs.find_dataset(
+            options.dataset,
+            config=options.dataset_config,
+            split=options.split,
+            revision=options.revision,
+        )
+        command = _spelled(source)
+    else:
+        files = inputs.find(options.input)
+        command = ["--input", *map(inputs.absolute, options.input)]
+    done = shard.prepare(
+        files,
+        tokenizer.Tokenizer(options.tokenizer),
+        options.output,
+        manifest.Settings(**given),
+        task=options.task,
+        tasks=options.tasks,
+        command=command + _spelled(given),
+    )
+    if done:
+        _print_manifest(options.output, done)
+
+
+def data_merge(options: argparse.Namespace) -> None:
+    """Put finished tasks together."""
+    from data_prep import manifest
+
+    _print_manifest(options.output, manifest.merge(options.output))
+
+
+def data_verify(options: argparse.Namespace) -> None:
+    """Check a prepared directory."""
+    from data_prep import verify
+
+    done = verify.verify(options.directory)
+    print(f"{options.directory}: good, {len(done['shards'])} shards, {done['tokens']:,} tokens")
+
+
+def data_inspect(options: argparse.Namespace) -> None:
+    """Show what a prepared directory holds."""
+    from data_prep import verify
+
+    verify.inspect(options.directory, options.documents)
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train, with local ranks of its own or those that torchrun or srun started."""
+    from titans_pretrain import config
+    from titans_pretrain.train import launch
+
+    arguments = ["train", options.config, *options.override, *["--resume"] * options.resume]
+    return launch.train(
+        config.load(options.config, options.override),
+        ranks=options.ranks,
+        resume=options.resume,
+        arguments=arguments,
+    )
+
+
+def checkpoint_list(options: argparse.Namespace) -> None:
+    """Print a run's checkpoints."""
+    from titans_pretrain.checkpoint import format as layout
+
+    root = layout.checkpoints_of(options.run)
+    for entry in layout.summaries(root):
+        remarks = [entry.problem] if entry.problem else [f"{entry.tensors} tensors"]
+        remarks += ["latest"] if entry.latest else []
+        print(f"{entry.path}  {entry.bytes / 1e6:.1f} MB  {', '.join(remarks)}")
+    if not layout.steps(root):
+        raise errors.UserError(
+            f"{options.run} holds no checkpoint", where=str(root), fix="give a run's directory"
+        )
+
+
+def checkpoint_verify(options: argparse.Namespace) -> None:
+    """Compare every byte of a run's checkpoints with their checksums."""
+    from titans_pretrain.checkpoint import format as layout
+
+    root = layout.checkpoints_of(options.run)
+    steps = layout.steps(root)
+    wanted = steps if options.step is None else [options.step]
+    if not steps or not set(wanted) <= set(steps):
+        known = ", ".join(map(str, steps)) or "none"
+        raise errors.UserError(
+            f"no such checkpoint; there are: {known}", where=str(root), fix="give RUN and --step"
+        )
+    damaged = 0
+    for step in wanted:
+        problems = layout.verify(root / layout.step_name(step))
+        damaged += bool(problems)
+        print(f"{layout.step_name(step)}: {'; '.join(problems) or 'good'}")
+    if damaged:
+        raise errors.TitansError(
+            f"{damaged} of {len(wanted)} checkpoints are damaged",
+            where=str(root),
+            fix="titans train --resume takes the newest good one; delete the damaged",
+        )
+
+
+def export(options: argparse.Namespace) -> None:
+    """Write a Hugging Face directory and prove it in a clean process."""
+    from titans_pretrain.export import huggingface
+
+    source = huggingface.export(
+        options.checkpoint,
+        options.out,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+    )
+    print(f"{options.out}: exported from {source}; a clean process gives the same logits")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Print a prompt and its continuation."""
+    from titans_pretrain import generate
+
+    sampling = generate.Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        use_cache=options.cache,
+    )
+    generate.generate(
+        options.model,
+        options.prompt,
+        sampling,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def report(options: argparse.Namespace) -> None:
+    """Draw loss curves and print a table of runs."""
+    from titans_pretrain.report import report
+
+    report(options.run, options.output)
+
+
+def _print_manifest(output: Path, content: dict[str, Any]) -> None:
+    print(
+        f"{output / 'manifest.json'}: {content['tokens']:,} tokens of "
+        f"{content['documents']['kept']:,} documents in {len(content['shards'])} shards, "
+        f"unigram entropy {content['unigram_entropy']:.3f} nats per token"
+    )
+
+
+def _spelled(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line; those not given are left out."""
+    return [
+        word
+        for name, value in options.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="titans", description="Pretrain Titans on clusters.")
-    parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_data(verbs)
+    _add_train(verbs)
+    _add_checkpoint(verbs)
+    _add_export(verbs)
+    _add_generate(verbs)
+    _add_report(verbs)
     return parser
+
+
+def _add_data(verbs: Any) -> None:
+    data = verbs.add_parser("data", help="make and check token shards")
+    jobs = data.add_subparsers(required=True, metavar="JOB")
+
+    made = jobs.add_parser("tokenizer", help="train a sentencepiece model, or import one")
+    made.set_defaults(verb=data_tokenizer)
+    source = made.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="GLOB", help=_INPUT_HELP)
+    source.add_argument("--import", dest="model", type=Path, metavar="MODEL", help="a .model file")
+    made.add_argument("--vocab-size", type=_positive, default=32_000, help="pieces (%(default)s)")
+    made.add_argument("--output", type=Path, required=True, help="the .model file to write")
+    made.add_argument("--text-column", default="text", help="column of the text (%(default)s)")
+    made.add_argument(
+        "--sample-bytes",
+        type=_positive,
+        default=2**28,
+        help="bytes of text to train on (%(default)s)",
+    )
+
+    job = jobs.add_parser("prepare", help="text to token shards; finished tasks are skipped")
+    job.set_defaults(verb=data_prepare)
+    source = job.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="GLOB", help=_INPUT_HELP)
+    source.add_argument("--dataset", metavar="NAME", help="Hugging Face dataset, or its folder")
+    job.add_argument("--dataset-config", metavar="CONFIG", help="e.g. sample-10BT")
+    job.add_argument("--split", default="train", help="split of the dataset (%(default)s)")
+    job.add_argument("--revision", help="commit, tag or branch of the dataset")
+    job.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
+    job.add_argument("--output", type=Path, required=True, help="directory of the shards")
+    job.add_argument("--task", type=int, default=0, help="which task, from 0 (%(default)s)")
+    job.add_argument("--tasks", type=_positive, default=1, help="of how many (%(default)s)")
+    job.add_argument("--text-column", default="text", help="column of the text (%(default)s)")
+    job.add_argument("--id-column", default="id", help="column of the identifier (%(default)s)")
+    job.add_argument("--prompt-column", help="column of text without loss before the text")
+    job.add_argument("--min-score", type=float, help="keep rows of this score or better")
+    job.add_argument("--language", help="keep rows of this language, e.g. en")
+    job.add_argument("--seed", type=_natural, default=0, help="of the order (%(default)s)")
+    job.add_argument(
+        "--shard-bytes", type=_positive, default=2**29, help="bytes of a shard (%(default)s)"
+    )
+
+    job = jobs.add_parser("merge", help="write manifest.json once all tasks are finished")
+    job.set_defaults(verb=data_merge)
+    job.add_argument("--output", type=Path, required=True, help="directory of the shards")
+
+    job = jobs.add_parser("verify", help="check every checksum, count, id and document end")
+    job.set_defaults(verb=data_verify)
+    job.add_argument("directory", type=Path, metavar="DIR", help="directory of the shards")
+
+    job = jobs.add_parser("inspect", help="print counts and the first documents")
+    job.set_defaults(verb=data_inspect)
+    job.add_argument("directory", type=Path, metavar="DIR", help="directory of the shards")
+    job.add_argument("--documents", type=int, default=3, help="how many (%(default)s)")
+
+
+def _add_train(verbs: Any) -> None:
+    verb = verbs.add_parser("train", help="train a run, or continue one")
+    verb.set_defaults(verb=train)
+    verb.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    verb.add_argument(
+        "override",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="changes of the configuration, e.g. train.steps=1000; before the options",
+    )
+    verb.add_argument(
+        "--ranks",
+        type=_positive,
+        help="processes to start here (one a GPU, or 1); not under torchrun or srun",
+    )
+    verb.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint")
+
+
+def _add_checkpoint(verbs: Any) -> None:
+    checkpoint = verbs.add_parser("checkpoint", help="list and verify checkpoints")
+    jobs = checkpoint.add_subparsers(required=True, metavar="JOB")
+    job = jobs.add_parser("list", help="print steps, sizes and what is plainly wrong")
+    job.set_defaults(verb=checkpoint_list)
+    job.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
+    job = jobs.add_parser("verify", help="compare every byte with its checksum")
+    job.set_defaults(verb=checkpoint_verify)
+    job.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
+    job.add_argument("--step", type=_natural, help="only this one")
+
+
+def _add_export(verbs: Any) -> None:
+    verb = verbs.add_parser("export", help="a checkpoint as a Hugging Face directory")
+    verb.set_defaults(verb=export)
+    verb.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="RUN/checkpoints/step-N, or RUN for its newest good one",
+    )
+    verb.add_argument("out", type=Path, metavar="OUT", help="directory to make")
+    verb.add_argument("--dtype", default="float32", help="float32 or bfloat16 (%(default)s)")
+    verb.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (%(default)s)"
+    )
+
+
+def _add_generate(verbs: Any) -> None:
+    verb = verbs.add_parser("generate", help="text from an exported model")
+    verb.set_defaults(verb=generate)
+    verb.add_argument("model", type=Path, metavar="MODEL_DIR", help="what titans export wrote")
+    verb.add_argument("prompt", metavar="PROMPT", help='text to go on from; "" begins a document')
+    verb.add_argument("--max-new-tokens", type=int, default=100, help="at most (%(default)s)")
+    verb.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest (%(default)s)"
+    )
+    verb.add_argument("--top-k", type=int, default=0, help="0 samples among all (%(default)s)")
+    verb.add_argument("--top-p", type=float, default=1.0, help="nucleus (%(default)s)")
+    verb.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
+    verb.add_argument("--no-cache", dest="cache", action="store_false", help="recompute each token")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (%(default)s)")
+    verb.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python files of a model of another kind",
+    )
+
+
+def _add_report(verbs: Any) -> None:
+    verb = verbs.add_parser("report", help="loss curves (PNG) and a table of runs")
+    verb.set_defaults(verb=report)
+    verb.add_argument("run", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    verb.add_argument(
+        "--output", type=Path, metavar="FILE.png", help="the picture (loss.png in the first run)"
+    )
+
+
+_INPUT_HELP = "parquet, jsonl, jsonl.gz, jsonl.zst or txt files (quoted globs or URLs)"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return value
+
+
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +25,8 @@ def sync_directory(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file that becomes ``path`` when the block ends well, else vanishes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    unique = f"{socket.gethostname()}-{os.getpid()}"
+    temporary = path.with_name(f".{path.name}.{unique}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
             yield handle

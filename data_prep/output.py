@@ -1,0 +1,35 @@
+"""Whole files or none, with errors that name the file on a full disk."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from titans_pretrain import files
+from titans_pretrain.errors import TitansError
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Turn a failed write (a full disk, no permission) into an error that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise TitansError(
+            f"cannot write {path.name}: {error.strerror or error}",
+            where=str(path.parent),
+            fix="make room or permit it, then repeat the command: what is finished is kept",
+        ) from None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """``atomic_file`` whose failures name the file."""
+    with told(path), files.atomic_file(path) as handle:
+        yield handle
+
+
+def write_json(path: Path, content: object) -> None:
+    """``files.write_json`` whose failures name the file."""
+    with told(path):
+        files.write_json(path, content)

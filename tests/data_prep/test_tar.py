@@ -1,0 +1,88 @@
+import io
+import tarfile
+
+import numpy as np
+import pytest
+
+from data_prep.tar import TarStream, TarWriter, walk
+from titans_pretrain.errors import UserError
+
+STREAM = np.arange(250, dtype=np.uint16)
+
+
+def write(path, members):
+    with open(path, "wb") as handle:
+        writer = TarWriter(handle)
+        for name, array in members:
+            writer.write(name, array)
+        writer.close()
+    return path
+
+
+@pytest.fixture
+def tar(tmp_path):
+    parts = [(f"0-{i}.npy", STREAM[i * 100 : i * 100 + 100]) for i in range(3)]
+    return write(tmp_path / "a.tar", parts)
+
+
+def test_what_is_written_is_read(tar):
+    stream = TarStream.open(tar, dtype="uint16", member_tokens=100)
+    assert np.array_equal(stream.read(0, 250), STREAM)
+    assert stream.read_mask(0, 250).all()
+    with tarfile.open(tar) as archive:
+        assert np.array_equal(
+            np.load(io.BytesIO(archive.extractfile("0-2.npy").read())), STREAM[200:]
+        )
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (0, "without its end mark"),
+        (1024, "without its end mark"),
+        (700, "is cut"),
+        (3072 + 512, "zeros where"),
+    ],
+)
+def test_a_cut_archive_is_refused(tar, size, message):
+    with open(tar, "r+b") as handle:
+        handle.truncate(size)
+    with pytest.raises(UserError, match=message):
+        list(walk(tar))
+
+
+def test_a_foreign_member_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("notes.txt"))
+    with pytest.raises(UserError, match=r"notes.txt is no .npy file"):
+        list(walk(tmp_path / "a.tar"))
+
+
+@pytest.mark.parametrize("content", [b"nonsense" * 20, b"\x93NUMPY\x02\x00" + bytes(120)])
+def test_a_member_that_is_no_array_is_refused(tmp_path, content):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("0.npy")
+        info.size = len(content)
+        archive.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match=r"member 0.npy"):
+        list(walk(tmp_path / "a.tar"))
+
+
+def test_an_array_of_two_dimensions_is_refused(tmp_path):
+    path = write(tmp_path / "a.tar", [("0.npy", np.zeros((2, 3), np.uint16))])
+    with pytest.raises(UserError, match=r"shape \(2, 3\)"):
+        list(walk(path))
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        ("1.mask.npy", np.ones(250, np.uint8)),
+        ("0.mask.npy", np.ones(249, np.uint8)),
+        ("0.mask.npy", np.ones(250)),
+    ],
+)
+def test_masks_of_other_tokens_are_refused(tmp_path, mask):
+    path = write(tmp_path / "a.tar", [("0.npy", STREAM), mask])
+    with pytest.raises(UserError, match="masks do not match"):
+        TarStream.open(path, dtype="uint16", member_tokens=250)

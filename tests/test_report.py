@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from titans_pretrain import report
+from titans_pretrain.errors import UserError
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name, steps=30, manifest=None):
+        run = tmp_path / name
+        run.mkdir()
+        rows = [
+            {"step": s, "loss": 6 - s / 10, "tokens": s * 100, "tokens_per_second": 50.0 + s}
+            for s in range(1, steps + 1)
+        ]
+        rows.insert(10, {"step": 10, "validation_loss": 5.25})
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if manifest is not None:
+            (run / "config.yaml").write_text(f"data:\n  manifest: {manifest}\n")
+        return run
+
+    return make
+
+
+def test_a_run_is_drawn_and_tabled(make_run, tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text('{"unigram_entropy": 6.4321}')
+    run = make_run("first", manifest=tmp_path / "manifest.json")
+    report.report([run])
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    header, row = capsys.readouterr().out.splitlines()[:2]
+    assert header.split() == list(report.COLUMNS)
+    assert row.split() == ["first", "30", "3,000", "5.9000", "3.0000", "5.2500", "6.4321", "66"]
+
+
+def test_several_runs_share_a_picture(make_run, tmp_path, capsys):
+    output = tmp_path / "pictures/both.png"
+    report.report([make_run("one"), make_run("two", steps=300)], output)
+    assert output.stat().st_size > 10_000
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:3]] == ["one", "two"]
+
+
+def test_a_torn_last_line_is_left_out_and_said(make_run, capsys):
+    run = make_run("torn")
+    with open(run / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 31, "lo')
+    assert report.read_run(run).train[-1] == (30, 3.0)
+    assert "metrics.jsonl:32: the last line is torn" in capsys.readouterr().err
+
+
+def test_a_bad_line_in_the_middle_is_named(make_run):
+    run = make_run("bad")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text("nonsense\n" + text)
+    with pytest.raises(UserError, match="no JSON object") as caught:
+        report.read_run(run)
+    assert caught.value.where.endswith("metrics.jsonl:1")
+
+
+def test_a_directory_without_metrics_or_without_a_step_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read metrics.jsonl"):
+        report.report([tmp_path])
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no step is logged yet"):
+        report.report([tmp_path])

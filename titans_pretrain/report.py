@@ -1,0 +1,205 @@
+"""``titans report``: loss curves and a table from runs' ``metrics.jsonl``."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.output import writing
+from titans_pretrain.errors import UserError
+
+METRICS = "metrics.jsonl"
+SMOOTHED_ABOVE = 200
+COLUMNS = ("run", "steps", "tokens", "first", "last", "validation", "unigram", "tokens/s")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's curves.
+
+    Attributes:
+        name: as shown.
+        train: (step, loss) of every logged step.
+        validation: (step, loss) of every validation.
+        tokens: consumed so far.
+        speed: median tokens per second, NaN where none is logged.
+        unigram_entropy: of the corpus, nats per token, or None where it is not known.
+    """
+
+    name: str
+    train: list[tuple[int, float]]
+    validation: list[tuple[int, float]]
+    tokens: int
+    speed: float
+    unigram_entropy: float | None
+
+    def row(self) -> list[str]:
+        """The table's cells."""
+        held_out = f"{self.validation[-1][1]:.4f}" if self.validation else "-"
+        unigram = f"{self.unigram_entropy:.4f}" if self.unigram_entropy is not None else "-"
+        return [
+            self.name,
+            f"{self.train[-1][0]:,}",
+            f"{self.tokens:,}",
+            f"{self.train[0][1]:.4f}",
+            f"{self.train[-1][1]:.4f}",
+            held_out,
+            unigram,
+            "-" if math.isnan(self.speed) else f"{self.speed:,.0f}",
+        ]
+
+
+def report(directories: Sequence[Path], output: Path | None = None) -> Path:
+    """Print the table of runs and draw their loss curves.
+
+    Args:
+        directories: of runs.
+        output: the PNG; ``loss.png`` in the first run's directory when not given.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        UserError: a directory without metrics, a line that is no JSON, or no step logged yet.
+    """
+    runs = [read_run(directory) for directory in directories]
+    output = output or directories[0] / "loss.png"
+    _draw(runs, output)
+    print(_table([list(COLUMNS), *(run.row() for run in runs)]))
+    print(f"loss curve: {output}")
+    return output
+
+
+def read_run(directory: Path) -> Run:
+    """Read a run's metrics; a torn last line is left out, and said so on stderr.
+
+    Raises:
+        UserError: as for ``report``.
+    """
+    rows = _rows(directory / METRICS)
+    train = [row for row in rows if "loss" in row]
+    if not train:
+        raise UserError(
+            "no step is logged yet", where=str(directory / METRICS), fix="wait for the first step"
+        )
+    speeds = sorted(row["tokens_per_second"] for row in train if row.get("tokens_per_second"))
+    return Run(
+        name=directory.resolve().name,
+        train=[(row["step"], row["loss"]) for row in train],
+        validation=[(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r],
+        tokens=train[-1].get("tokens", 0),
+        speed=speeds[len(speeds) // 2] if speeds else math.nan,
+        unigram_entropy=_unigram_entropy(directory),
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {METRICS}: {error.strerror}",
+            where=str(path),
+            fix="give the directory of a run",
+        ) from None
+    if lines[-1]:
+        print(f"{path}:{len(lines)}: the last line is torn and left out", file=sys.stderr)
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "step" not in row:
+            raise UserError(
+                "the line is no JSON object with a step",
+                where=f"{path}:{number}",
+                fix="remove the line",
+            )
+        rows.append(row)
+    return rows
+
+
+def _unigram_entropy(directory: Path) -> float | None:
+    """What the run's data manifest tells, None where it is not at hand."""
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text())
+        return float(json.loads(Path(config["data"]["manifest"]).read_text())["unigram_entropy"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None
+
+
+def _table(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _draw(runs: list[Run], output: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5), dpi=150, layout="constrained")
+    colors = mpl.color_sequences["tab10"]
+    entropies: dict[float, str] = {}
+    for index, run in enumerate(runs):
+        color = colors[index % len(colors)]
+        _draw_run(axes, run, color)
+        if run.unigram_entropy is not None:
+            entropies.setdefault(run.unigram_entropy, color if len(runs) > 1 else "0.35")
+    for entropy, color in entropies.items():
+        axes.axhline(entropy, color=color, linestyle="--", linewidth=1, zorder=1)
+        axes.annotate(
+            f"unigram entropy {entropy:.2f}",
+            xy=(0.995, entropy),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=color,
+        )
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set_title(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", loc="left")
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with writing(output) as handle:
+        figure.savefig(handle, format="png")
+    plt.close(figure)
+
+
+def _draw_run(axes: Any, run: Run, color: Any) -> None:
+    steps, losses = zip(*run.train, strict=True)
+    if len(losses) > SMOOTHED_ABOVE:
+        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _smooth(losses), color=color, linewidth=1.6, label=f"{run.name} train")
+    else:
+        axes.plot(steps, losses, color=color, linewidth=1.4, label=f"{run.name} train")
+    if run.validation:
+        where, held_out = zip(*run.validation, strict=True)
+        style = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.4}
+        label = f"{run.name} validation ({held_out[-1]:.3f})"
+        axes.plot(where, held_out, color=color, linestyle=":", label=label, zorder=3, **style)
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    """Mean over a window of a fiftieth of the run, centred so that it does not lag."""
+    half = len(losses) // 100
+    windows = (losses[max(0, i - half) : i + half + 1] for i in range(len(losses)))
+    return [math.fsum(window) / len(window) for window in windows]
