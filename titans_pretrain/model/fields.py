@@ -4,6 +4,7 @@
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -261,7 +262,9 @@ def _unknown(name: str) -> Problem:
 def _one(field: ModelField, value: Any) -> Iterable[Problem]:
     if value is None and field.optional:
         return
-    if not _has_kind(field.kind, value):
+    if field.kind is float and isinstance(value, float) and not math.isfinite(value):
+        yield Problem(field.name, f"{value} is not finite", "give a finite number")
+    elif not _has_kind(field.kind, value):
         wanted = field.kind.__name__ + (" or null" if field.optional else "")
         yield Problem(field.name, f"{value!r} is no {wanted}", f"give a value of type {wanted}")
     elif field.choices and value not in field.choices:

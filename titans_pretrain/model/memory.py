@@ -345,7 +345,12 @@ class _RecomputedScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, starts = Tokens(*ctx.saved_tensors[:6]), ctx.saved_tensors[6:]
+        # grad mode is on here only under create_graph, and the recomputed chunks are cut off
+        if torch.is_grad_enabled():
+            raise RuntimeError("memory_scan has no second derivative; memory_reference has")
+        # checkpointing unpacks a saved tensor once
+        saved = ctx.saved_tensors
+        tokens, starts = Tokens(*saved[:6]), saved[6:]
         read_grad, state_grads = grads[0], list(grads[1:])
         size, parts = 2 * ctx.depth, []
         for chunk in reversed(range(len(starts) // size)):

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens of a call, D hidden_size, V vocab_size.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
@@ -14,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .cache import TitansCache
 from .configuration_titans import TitansConfig
-from .layers import PersistentTokens, RMSNorm, ShortConvolution, SwiGLU
+from .layers import PersistentTokens, RMSNorm, ShortConvolution, SwiGLU, full_precision
 from .layout import Layout
 from .mixers import MIXERS
 from .neural_memory import Gate, InitialWeights
@@ -238,9 +239,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
-            )
+            loss = next_token_loss(logits, labels, **loss_kwargs)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -269,6 +268,23 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             )
         model_kwargs["past_key_values"] = TitansCache(self.config)
         return None
+
+
+def next_token_loss(
+    logits: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy of each next token, in the logits' full precision.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), -100 where no loss is wanted; token t is predicted by column t - 1.
+        num_items_in_batch: what the sum is divided by instead of the number of targets.
+    """
+    predicted = full_precision(logits[:, :-1]).flatten(0, 1)
+    targets = labels[:, 1:].flatten().to(logits.device)
+    if num_items_in_batch is None:
+        return F.cross_entropy(predicted, targets)
+    return F.cross_entropy(predicted, targets, reduction="sum") / num_items_in_batch
 
 
 _HARMLESS = {"cache_position", "output_attentions", "use_cache", "is_first_iteration"}

@@ -3,6 +3,7 @@
 Shapes: B batch, H memory heads, T time (or N slots), D width, d head width.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,8 @@ class NeuralMemory(nn.Module):
             self.add_module(f"{name}_conv", conv)
         self.forget_gate = Gate(width, heads, FORGET_BIAS) if config.use_forgetting else None
         self.momentum_gate = Gate(width, heads, MOMENTUM_BIAS) if config.use_momentum else None
-        self.step_gate = Gate(width, heads, 0.0)
+        # a chunk of like keys then moves the weights by about one step; more, and gradients explode
+        self.step_gate = Gate(width, heads, -math.log(config.chunk_size))
         self.initial = InitialWeights(config)
         self.norm = RMSNorm(self.head_width, config.rms_norm_eps)
 
