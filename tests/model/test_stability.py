@@ -139,6 +139,9 @@ def train_on_rising_lengths(surprise_clip: float | None) -> list[float]:
         surprise_clip=surprise_clip,
     )
     model = TitansForCausalLM(config)
+    for layer in model.model.layers:
+        # the first inner steps as large as they may become in a long training
+        torch.nn.init.zeros_(layer.mixer.memory.step_gate.bias)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for length in (64, 128, 256):

@@ -13,10 +13,15 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+# transformers 4 exports only the modules that this file imports itself
+from .attention import WindowAttention  # noqa: F401
 from .cache import TitansCache
 from .configuration_titans import TitansConfig
+from .fields import FIELDS  # noqa: F401
 from .layers import PersistentTokens, RMSNorm, ShortConvolution, SwiGLU, full_precision
 from .layout import Layout
+from .memory import memory_scan  # noqa: F401
+from .memory_open import scan_open  # noqa: F401
 from .mixers import MIXERS
 from .neural_memory import Gate, InitialWeights
 

@@ -1,0 +1,186 @@
+"""Names, verification and listing of checkpoints on disk. No torch here.
+
+A checkpoint is a directory ``step-N``: ``rank-R.safetensors`` (what rank R held), ``tensors.json``
+(which box of which tensor lies where), ``state.json``, plain files, and ``manifest.json``.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titans_pretrain.checkpoint import manifest
+from titans_pretrain.errors import TitansError, UserError
+
+FORMAT = "titans-checkpoint/1"
+STATE = "state.json"
+TENSORS = "tensors.json"
+LATEST = "latest"
+RESERVED = frozenset({STATE, TENSORS, manifest.NAME})
+_STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+
+
+def step_name(step: int) -> str:
+    """The directory name of the state after ``step`` optimizer steps."""
+    return f"step-{step}"
+
+
+def steps(root: Path) -> list[int]:
+    """Steps that have a directory in ``root``, whatever its condition, ascending."""
+    if not root.is_dir():
+        return []
+    matches = (_STEP.fullmatch(entry.name) for entry in root.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def verify(path: Path, *, contents: bool = True) -> list[str]:
+    """What is wrong with the checkpoint ``path``; empty if it is good.
+
+    Args:
+        path: a ``step-N`` directory.
+        contents: compare every file's sha256; else only presence and sizes.
+    """
+    try:
+        facts = manifest.read(path)
+    except TitansError as error:
+        return [error.what]
+    if facts.get("format") != FORMAT:
+        return [f"format is {facts.get('format')!r} instead of {FORMAT!r}"]
+    match = _STEP.fullmatch(path.name)
+    if match and int(match[1]) != facts.get("step"):
+        return [f"{manifest.NAME} is that of step {facts.get('step')}"]
+    return manifest.problems(path, contents=contents)
+
+
+def newest_good(root: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of ``root`` that verifies, whatever ``latest`` says.
+
+    Reads every byte of it; in a distributed run one rank asks and tells the others.
+
+    Returns:
+        The checkpoint, or None if there is none; and a sentence about each newer one skipped.
+    """
+    skipped: list[str] = []
+    for step in reversed(steps(root)):
+        path = root / step_name(step)
+        problems = verify(path)
+        if not problems:
+            return path, skipped
+        skipped.append(f"{path} is damaged and was skipped: {'; '.join(problems)}")
+    return None, skipped
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One line of a listing.
+
+    Attributes:
+        step: optimizer steps done.
+        path: its directory.
+        bytes: size of all its files.
+        tensors: number of logical tensors.
+        problem: what is plainly wrong (files missing or cut); empty if nothing.
+        latest: whether ``latest`` names it.
+    """
+
+    step: int
+    path: Path
+    bytes: int
+    tensors: int
+    problem: str
+    latest: bool
+
+
+def summaries(root: Path) -> list[Summary]:
+    """All checkpoints of ``root``, oldest first; sizes are checked, contents are not read."""
+    try:
+        latest = (root / LATEST).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        latest = ""
+    return [_summary(root, step, latest) for step in steps(root)]
+
+
+def resolve(path: Path) -> Path:
+    """The good checkpoint that ``path`` means: itself, or the newest of a run's directory.
+
+    Raises:
+        UserError: there is no such directory or no checkpoint in it.
+        TitansError: what is there is damaged.
+    """
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is no directory", where=str(path), fix="give RUN or RUN/checkpoints/step-N"
+        )
+    if _STEP.fullmatch(path.resolve().name):
+        problems = verify(path)
+        if problems:
+            raise TitansError(
+                f"the checkpoint is damaged: {'; '.join(problems)}",
+                where=str(path),
+                fix="take another step: titans checkpoint verify RUN tells which are good",
+            )
+        return path
+    root = checkpoints_of(path)
+    found, skipped = newest_good(root)
+    if found is None and skipped:
+        raise TitansError(
+            f"no good checkpoint: {'; '.join(skipped)}", where=str(root), fix="train again"
+        )
+    if found is None:
+        raise UserError(
+            f"{path} holds no checkpoint", where=str(root), fix="give RUN or RUN/checkpoints/step-N"
+        )
+    return found
+
+
+def checkpoints_of(run: Path) -> Path:
+    """Where a run's checkpoints lie; ``run`` itself if it holds them directly."""
+    return run if steps(run) else run / "checkpoints"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What ``save`` was given as ``state``."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return state
+
+
+def state_bytes(state: Mapping[str, Any]) -> bytes:
+    """``state`` as JSON that reads back equal.
+
+    Raises:
+        TypeError: a value that JSON would change, such as a tuple or a key that is no string.
+    """
+    _check_json(state, "state")
+    return (json.dumps(state, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _check_json(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if type(key) is not str:
+                raise TypeError(f"{where}: key {key!r} is no string")
+            _check_json(inner, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _check_json(inner, f"{where}[{index}]")
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise TypeError(f"{where}: a {type(value).__name__} does not read back from JSON unchanged")
+
+
+def _summary(root: Path, step: int, latest: str) -> Summary:
+    path = root / step_name(step)
+    problems = verify(path, contents=False)
+    try:
+        facts = manifest.read(path)
+    except TitansError:
+        facts = {"files": [], "tensors": {}}
+    return Summary(
+        step=step,
+        path=path,
+        bytes=sum(entry["bytes"] for entry in facts["files"]),
+        tensors=len(facts.get("tensors", {})),
+        problem="; ".join(problems),
+        latest=latest == path.name,
+    )

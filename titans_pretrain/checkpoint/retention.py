@@ -1,0 +1,64 @@
+"""What is deleted, and when: old checkpoints and the remains of dead saves. No torch here."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+from titans_pretrain.checkpoint import format as layout
+from titans_pretrain.files import TEMPORARY_SUFFIX
+
+log = logging.getLogger(__name__)
+
+
+def remove_leftovers(root: Path) -> list[str]:
+    """Remove what interrupted saves and prunings left in ``root``; log and return their names.
+
+    Only one process may do so, and none may be saving there.
+    """
+    patterns = (f".step-*{TEMPORARY_SUFFIX}", f".{layout.LATEST}.*{TEMPORARY_SUFFIX}")
+    leftovers = sorted(path for pattern in patterns for path in root.glob(pattern))
+    for path in leftovers:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        log.warning("removed the remains of an interrupted save: %s", path)
+    return [path.name for path in leftovers]
+
+
+def prune(root: Path, step: int, keep: int) -> list[int]:
+    """Delete checkpoints older than the newest ``keep`` whole ones up to ``step``.
+
+    Checkpoints that lack files or are cut do not count as kept. One that cannot be deleted is
+    logged and stays.
+
+    Args:
+        root: directory of the run's checkpoints.
+        step: the checkpoint just written; it stays, and so do newer ones.
+        keep: how many stay, at least 1.
+
+    Returns:
+        The steps deleted.
+    """
+    earlier = [number for number in layout.steps(root) if number <= step]
+    whole = [
+        number
+        for number in earlier
+        if not layout.verify(root / layout.step_name(number), contents=False)
+    ]
+    oldest_kept = min([step, *whole[-keep:]])
+    doomed = [number for number in earlier if number < oldest_kept]
+    return [number for number in doomed if _delete(root / layout.step_name(number))]
+
+
+def _delete(path: Path) -> bool:
+    """Take the name away first: a checkpoint is never seen half deleted."""
+    dying = path.with_name(f".{path.name}.pruned{TEMPORARY_SUFFIX}")
+    try:
+        os.rename(path, dying)
+        shutil.rmtree(dying)
+    except OSError as error:
+        log.warning("could not delete the old checkpoint %s: %s", path, error)
+        return False
+    return True

@@ -1,0 +1,226 @@
+"""Tensors on disk for torch.distributed.checkpoint: safetensors and JSON, never a pickle."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    WriteItem,
+)
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from titans_pretrain.checkpoint import format as layout
+from titans_pretrain.checkpoint import tensor_file
+from titans_pretrain.checkpoint.manifest import FileRecord, write_file
+from titans_pretrain.errors import TitansError
+
+
+class ShardWriter(StorageWriter):
+    """Writes one safetensors file a rank, streamed, synced and hashed on the way.
+
+    Attributes:
+        records: the files this process wrote.
+        tensors: on the coordinator, after ``finish``: name -> {dtype, shape}.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.records: list[FileRecord] = []
+        self.tensors: dict[str, dict[str, Any]] = {}
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing is kept between saves: a writer serves one."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """All ranks write alike."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Give each rank its file."""
+        return [
+            replace(plan, storage_data=f"rank-{index:05d}.safetensors")
+            for index, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write the plan's boxes into this rank's file."""
+        if plan.items:
+            entries = [_entry(item) for item in plan.items]
+            tensors = (_tensor(planner.resolve_data(item)) for item in plan.items)
+            path = self.directory / plan.storage_data
+            self.records.append(tensor_file.write(path, entries, tensors))
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(
+            [WriteResult(item.index, _entry(item).bytes, plan.storage_data) for item in plan.items]
+        )
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index of all boxes, as JSON."""
+        metadata.storage_data = {
+            result.index: result.storage_data for rank in results for result in rank
+        }
+        index = encode(metadata)
+        self.tensors = {
+            name: {"dtype": entry["dtype"], "shape": entry["shape"]}
+            for name, entry in index["tensors"].items()
+        }
+        contents = json.dumps(index, separators=(",", ":"), sort_keys=True).encode()
+        self.records.append(write_file(self.directory, layout.TENSORS, contents))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Writers are made by ``save`` only, never found by a path."""
+        return False
+
+
+class ShardReader(StorageReader):
+    """Reads the boxes back; of a file only the parts that are asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files: dict[MetadataIndex, str] = {}
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing is kept between loads: a reader serves one."""
+
+    def read_metadata(self) -> Metadata:  # type: ignore[override]
+        """The index of all boxes; every rank reads the one index."""
+        return decode(read_index(self.directory))
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Learn which box lies in which file."""
+        self.files = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """The plan as it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """The plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copy every requested part into the planner's tensors."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.files[item.storage_index], []).append(item)
+        for name, items in by_file.items():
+            with tensor_file.open_file(self.directory / name) as handle:
+                for item in items:
+                    key = _key(item.storage_index)
+                    part = tensor_file.read_part(handle, key, item.storage_offsets, item.lengths)
+                    target = planner.resolve_tensor(item).detach()
+                    target.copy_(part)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Readers are made by ``load`` only, never found by a path."""
+        return False
+
+
+def encode(metadata: Metadata) -> dict[str, Any]:
+    """torch.distributed.checkpoint's metadata as JSON values.
+
+    A tensor's boxes are lists ``[file, *offsets, *sizes]``, the file an index into ``files``.
+    """
+    files = sorted(set(metadata.storage_data.values()))
+    number = {name: index for index, name in enumerate(files)}
+    tensors = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        tensors[name] = {
+            "dtype": tensor_file.CODES[entry.properties.dtype],
+            "shape": list(entry.size),
+            "boxes": [
+                [
+                    number[metadata.storage_data[MetadataIndex(name, chunk.offsets)]],
+                    *chunk.offsets,
+                    *chunk.sizes,
+                ]
+                for chunk in entry.chunks
+            ],
+        }
+    return {"format": layout.FORMAT, "files": files, "tensors": tensors}
+
+
+def decode(index: Mapping[str, Any]) -> Metadata:
+    """What ``encode`` wrote, as torch.distributed.checkpoint's metadata."""
+    entries: dict[str, Any] = {}
+    places = {}
+    for name, entry in index["tensors"].items():
+        chunks = []
+        for file, *numbers in entry["boxes"]:
+            rank = len(entry["shape"])
+            offsets, sizes = torch.Size(numbers[:rank]), torch.Size(numbers[rank:])
+            chunks.append(ChunkStorageMetadata(offsets, sizes))
+            places[MetadataIndex(name, offsets)] = index["files"][file]
+        properties = TensorProperties(dtype=tensor_file.DTYPES[entry["dtype"]])
+        entries[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+    return Metadata(entries, storage_data=places)
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """The JSON index of a checkpoint's boxes.
+
+    Raises:
+        TitansError: it is missing, unreadable or of another format.
+    """
+    path = directory / layout.TENSORS
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TitansError(
+            f"cannot read the checkpoint's index: {error}",
+            where=str(path),
+            fix="titans checkpoint verify RUN tells which checkpoints are good",
+        ) from None
+    if not isinstance(index, dict) or index.get("format") != layout.FORMAT:
+        raise TitansError(f"the index is not of format {layout.FORMAT!r}", where=str(path))
+    return index
+
+
+def box_key(name: str, offsets: Iterable[int]) -> str:
+    """A box's name inside its file."""
+    return f"{name}@{','.join(map(str, offsets))}"
+
+
+def _key(index: MetadataIndex) -> str:
+    assert index.offset is not None
+    return box_key(index.fqn, index.offset)
+
+
+def _tensor(data: Any) -> torch.Tensor:
+    assert isinstance(data, torch.Tensor)
+    return data
+
+
+def _entry(item: WriteItem) -> tensor_file.Entry:
+    data = item.tensor_data
+    assert data is not None
+    return tensor_file.Entry(_key(item.index), data.properties.dtype, tuple(data.chunk.sizes))

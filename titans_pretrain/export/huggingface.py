@@ -1,0 +1,134 @@
+"""A checkpoint as a Hugging Face directory that needs torch and transformers, nothing of ours."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans_pretrain import config as run_config
+from titans_pretrain.checkpoint import format as layout
+from titans_pretrain.checkpoint import manifest
+from titans_pretrain.config import RunConfig
+from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.export import model_card, tokenizer, verification, weights
+from titans_pretrain.files import atomic_directory
+
+FORMAT = "titans-export/1"
+CONFIGURATION = "config.yaml"
+TOKENIZER = "tokenizer.model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export(
+    checkpoint: Path, out: Path, *, dtype: str = "float32", max_shard_size: str = "5GB"
+) -> Path:
+    """Write ``out``, whole or not at all, and prove it in a clean process before it gets its name.
+
+    Args:
+        checkpoint: a ``step-N`` directory, or a run's directory for its newest good one.
+        out: the directory to make; must not exist.
+        dtype: ``float32`` or ``bfloat16``, of the written weights.
+        max_shard_size: bytes of tensors in a weights file, such as ``5GB``.
+
+    Returns:
+        The checkpoint that was exported.
+
+    Raises:
+        UserError: ``out`` exists, no checkpoint, or a bad argument.
+        TitansError: the checkpoint is damaged, or the exported model is not the trained one.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"{dtype!r} is unknown", where="--dtype", fix="use float32 or bfloat16")
+    limit = weights.shard_bytes(max_shard_size)
+    if out.exists():
+        raise UserError(f"{out} exists", where=str(out), fix="give a directory that does not")
+    source = layout.resolve(checkpoint)
+    run = run_config.load(_file(source, CONFIGURATION))
+    pieces = _file(source, TOKENIZER).read_bytes()
+    try:
+        _export(source, out.absolute(), run, pieces, DTYPES[dtype], limit)
+    except OSError as error:
+        raise TitansError(
+            f"cannot write {error.filename or out}: {error.strerror or error}",
+            where=str(out),
+            fix="free space, or give another directory; nothing was left behind",
+        ) from None
+    return source
+
+
+def _export(
+    source: Path, out: Path, run: RunConfig, pieces: bytes, dtype: torch.dtype, limit: int
+) -> None:
+    with atomic_directory(out) as directory:
+        config = _configuration(run, pieces, dtype)
+        reference = _reference(source, config, dtype)
+        files = weights.write(source, directory, dtype, limit)
+        _write_model_files(reference, directory)
+        tokenizer.write(pieces, directory)
+        card = model_card.write(source, run, weights.shapes(source), _name(dtype))
+        (directory / model_card.NAME).write_text(card, encoding="utf-8")
+        verification.verify(directory, reference, config, pieces)
+        known = {record.name for record in files}
+        others = [path.name for path in directory.iterdir() if path.name not in known]
+        files += [manifest.record_file(directory, name) for name in others]
+        facts = {
+            "format": FORMAT,
+            "step": layout.read_state(source).get("step"),
+            "dtype": _name(dtype),
+        }
+        manifest.write(directory, files, facts)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _file(checkpoint: Path, name: str) -> Path:
+    path = checkpoint / name
+    if not path.is_file():
+        raise TitansError(
+            f"the checkpoint holds no {name}", where=str(checkpoint), fix="export one of a run"
+        )
+    return path
+
+
+def _configuration(run: RunConfig, pieces: bytes, dtype: torch.dtype) -> Any:
+    """The run's TitansConfig, with the tokenizer's special ids."""
+    from titans_pretrain.model.configuration_titans import TitansConfig
+
+    config = TitansConfig(**(run.model | tokenizer.special_ids(pieces)))
+    config.architectures = ["TitansForCausalLM"]
+    config.dtype = _name(dtype)
+    return config
+
+
+def _reference(checkpoint: Path, config: Any, dtype: torch.dtype) -> Any:
+    """The model in this process: float32, its weights rounded to ``dtype``."""
+    from titans_pretrain.model.modeling_titans import TitansForCausalLM
+
+    model = TitansForCausalLM(config).float()
+    parameters = dict(model.named_parameters())
+    weights.check_names(
+        weights.shapes(checkpoint), {name: tuple(p.shape) for name, p in parameters.items()}
+    )
+    with torch.no_grad():
+        for name, tensor in weights.read(checkpoint, dtype):
+            parameters[name].copy_(tensor)
+    return model
+
+
+def _write_model_files(model: Any, directory: Path) -> None:
+    """config.json, generation_config.json and, by Hugging Face's own mechanism, the code."""
+    from transformers import GenerationConfig
+    from transformers.dynamic_module_utils import custom_object_save
+
+    config = model.config
+    type(config).register_for_auto_class()
+    type(model).register_for_auto_class("AutoModelForCausalLM")
+    custom_object_save(model, directory, config=config)
+    config.save_pretrained(directory)
+    GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+    ).save_pretrained(directory)

@@ -1,0 +1,143 @@
+"""The README.md of an exported model. No torch here."""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from titans_pretrain.checkpoint import format as layout
+from titans_pretrain.config import RunConfig
+
+NAME = "README.md"
+UNKNOWN = "not recorded"
+_MEMORY = "language model with a neural memory that goes on learning at test time (Titans"
+_KINDS = {
+    "lmm": f"A {_MEMORY}, memory alone)",
+    "mac": f"A {_MEMORY}, memory as context)",
+    "mag": f"A {_MEMORY}, memory as gate)",
+    "mal": f"A {_MEMORY}, memory as layer)",
+    "transformer": "The Transformer++ baseline of the Titans models",
+}
+_LOCAL = {"data": {"manifest"}, "run": {"directory", "wandb_project"}}
+
+_TEXT = """\
+# {name}
+
+{kind}, {parameters:,} parameters, pretrained with titans-pretrain {version}. A base model: not
+tuned to follow instructions, and not evaluated here.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(PATH)
+inputs = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=True)
+tokens = model.generate(**inputs, max_new_tokens=50)
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+```
+
+PATH is this directory. Only torch and transformers are needed; `trust_remote_code` runs the Python
+files in it, and `AutoTokenizer` asks for it, too. The tokenizer adds nothing to a text: documents
+were separated by `{end}`, so an empty prompt begins with it. Batches are padded on the left with
+`{pad}`. Text that literally holds `{end}` becomes that token.
+
+## Training
+
+{facts}
+
+## Configuration
+
+```yaml
+{configuration}```
+"""
+
+
+def write(
+    checkpoint: Path, run: RunConfig, shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> str:
+    """The card of a checkpoint's model.
+
+    Args:
+        checkpoint: a ``step-N`` directory; its run's ``metrics.jsonl`` is read where it is there.
+        run: the run's configuration.
+        shapes: the model's parameters.
+        dtype: of the exported weights.
+    """
+    from titans_pretrain.export import tokenizer
+
+    pieces = (checkpoint / "tokenizer.model").read_bytes()
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["titans", "neural-memory", "custom_code", run.model["variant"]],
+    }
+    body = _TEXT.format(
+        name=run.run.name or Path(run.run.directory).name,
+        kind=_KINDS[run.model["variant"]],
+        parameters=sum(map(prod, shapes.values())),
+        version=version("titans-pretrain"),
+        end=tokenizer.end_piece(pieces),
+        pad=tokenizer.pad_piece(pieces),
+        facts=_table(facts(checkpoint, run) | {"exported weights": dtype}),
+        configuration=yaml.safe_dump(_public(run), sort_keys=False),
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
+
+
+def facts(checkpoint: Path, run: RunConfig) -> dict[str, str]:
+    """What training is known to have been, in words; what nobody wrote down says so."""
+    state = layout.read_state(checkpoint)
+    step = state.get("step")
+    last = _last_rows(checkpoint.resolve().parent.parent / "metrics.jsonl", step)
+    versions = state.get("versions", {})
+    return {
+        "optimizer steps": f"{step:,} of {run.train.steps:,}" if step is not None else UNKNOWN,
+        "tokens": f"{last['tokens']:,}" if "tokens" in last else UNKNOWN,
+        "last training loss (nats per token)": _number(last.get("loss")),
+        "last validation loss (nats per token)": _number(last.get("validation_loss")),
+        "sequence length": f"{run.data.sequence_length:,} tokens",
+        "batch": f"{run.train.global_batch_size:,} sequences",
+        "precision": run.train.precision,
+        "data fingerprint": str(state.get("fingerprint", UNKNOWN)),
+        "trained with": ", ".join(f"{n} {v}" for n, v in versions.items()) or UNKNOWN,
+    }
+
+
+def _last_rows(metrics: Path, step: int | None) -> dict[str, Any]:
+    """The newest value of every column up to ``step``."""
+    values: dict[str, Any] = {}
+    if step is None or not metrics.is_file():
+        return values
+    with open(metrics, encoding="utf-8") as handle:
+        for line in handle:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                break
+            if row.get("step", 0) <= step:
+                values |= row
+    return values
+
+
+def _public(run: RunConfig) -> dict[str, Any]:
+    """The configuration without the paths and names of the machine it ran on."""
+    sections = run.model_dump()
+    return {
+        section: {key: value for key, value in keys.items() if key not in _LOCAL.get(section, ())}
+        for section, keys in sections.items()
+    }
+
+
+def _number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.4f}"
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(lines)

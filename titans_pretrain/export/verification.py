@@ -1,0 +1,104 @@
+"""The proof of an export: a clean process gives the trained model's logits and token ids."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from titans_pretrain.errors import TitansError
+from titans_pretrain.export import reload, tokenizer
+
+PROJECT = "titans_pretrain"
+ROWS = 2
+_MOST_TOKENS = 600
+_SHOWN_LINES = 5
+
+
+def verify(directory: Path, model: nn.Module, config: Any, tokenizer_model: bytes) -> None:
+    """Reload an exported directory elsewhere and compare.
+
+    Args:
+        directory: the exported model.
+        model: the same model, built here from the checkpoint, float32.
+        config: its TitansConfig.
+        tokenizer_model: contents of the sentencepiece model it was trained with.
+
+    Raises:
+        TitansError: it does not load, a key is missing or unexpected, it needs the project, or a
+            logit or a token id differs.
+    """
+    length = min(config.grid + 5, _MOST_TOKENS)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
+    with torch.no_grad():
+        wanted = model.eval()(ids, use_cache=False).logits
+    texts = list(tokenizer.sample_texts(tokenizer_model))
+    report, found = _reload(directory, ids, texts)
+    for problem in ("missing", "unexpected", "mismatched"):
+        if report[problem]:
+            raise _error(f"{problem} keys: {', '.join(report[problem][:_SHOWN_LINES])}", directory)
+    if report["project"]:
+        raise _error(f"its code imports {report['project'][0]}", directory)
+    if not torch.equal(found, wanted):
+        worst = (found - wanted).abs().max().item()
+        raise _error(f"its logits differ by up to {worst:.3g}", directory)
+    ids_of = dict(zip(texts, report["token_ids"], strict=True))
+    tokenizer.check_identity(tokenizer_model, ids_of.__getitem__)
+
+
+def _reload(
+    directory: Path, ids: torch.Tensor, texts: list[str]
+) -> tuple[dict[str, Any], torch.Tensor]:
+    with tempfile.TemporaryDirectory() as temporary:
+        room = Path(temporary)
+        (room / "model").symlink_to(directory.resolve())
+        save_file({"ids": ids}, room / "ids.safetensors")
+        request = {
+            "path": [entry for entry in sys.path if entry.endswith("-packages")],
+            "project": PROJECT,
+            "model": str(room / "model"),
+            "ids": str(room / "ids.safetensors"),
+            "logits": str(room / "logits.safetensors"),
+            "texts": texts,
+            "threads": torch.get_num_threads(),
+        }
+        (room / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        # -I and -S: no variables, no current directory, no .pth file that would bring the project.
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", reload.__file__, str(room / "request.json")],
+            cwd=room,
+            env=_environment(room),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            told = done.stderr.strip().splitlines()[-_SHOWN_LINES:]
+            raise _error(f"it does not load: {' | '.join(told)}", directory)
+        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return report, load_file(room / "logits.safetensors")["logits"]
+
+
+def _environment(room: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_MODULES_CACHE": str(room / "modules"),
+        "HF_HOME": str(room / "home"),
+    }
+
+
+def _error(what: str, directory: Path) -> TitansError:
+    return TitansError(
+        f"the exported model is not the trained one: {what}",
+        where=str(directory),
+        fix="nothing was left behind; report this as a bug",
+    )

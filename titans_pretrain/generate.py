@@ -1,0 +1,205 @@
+"""Text from an exported model."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titans_pretrain.errors import UserError
+
+log = logging.getLogger(__name__)
+_CODE = Path(__file__).parent / "model"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: tokens to add; fewer if the model ends the document.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_k: sample among that many likeliest tokens; 0 among all.
+        top_p: sample among the likeliest tokens of that total probability.
+        seed: of the draw.
+        use_cache: keep the memory's state from token to token; off recomputes everything.
+    """
+
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name, good, fix in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "use at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "use 0 or more"),
+            ("top_k", self.top_k >= 0, "use 0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "use more than 0 and at most 1"),
+            ("seed", self.seed >= 0, "use 0 or more"),
+        ):
+            if not good:
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} is {getattr(self, name)}", where="command line", fix=fix)
+
+
+def generate(
+    directory: Path,
+    prompt: str,
+    sampling: Sampling,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> str:
+    """Print ``prompt`` and its continuation as it comes.
+
+    Args:
+        directory: what ``titans export`` wrote, or another causal language model.
+        prompt: the text to go on from; empty begins a document.
+        sampling: how tokens are chosen.
+        device: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` takes a GPU if there is one.
+        trust_remote_code: run the Python files of a model of another kind.
+
+    Returns:
+        The text that was printed.
+
+    Raises:
+        UserError: no model, an unusable one, or an unknown device.
+    """
+    import torch
+    from transformers import TextStreamer, set_seed
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model, tokenizer = load(directory, trust_remote_code=trust_remote_code)
+    model.to(_device(device))
+    inputs = _inputs(tokenizer, prompt, model)
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        options = {"do_sample": True, "temperature": sampling.temperature}
+        options |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
+        set_seed(sampling.seed)
+    with torch.inference_mode():
+        (tokens,) = model.generate(
+            **inputs,
+            **options,
+            max_new_tokens=sampling.max_new_tokens,
+            use_cache=sampling.use_cache,
+            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        )
+    return tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Model (evaluating, in the dtype of its files) and tokenizer.
+
+    A Titans model runs on the installed code, which is what it was exported with; a difference
+    between the two is warned about. Another kind runs transformers' own code, or that of the
+    directory if ``trust_remote_code`` says so.
+
+    Raises:
+        UserError: the directory holds no model that can be loaded.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+    settings = _settings(directory)
+    where = str(directory)
+    try:
+        if settings.get("model_type") == "titans":
+            from titans_pretrain.model.modeling_titans import TitansForCausalLM
+
+            _compare_code(directory)
+            model = TitansForCausalLM.from_pretrained(directory, dtype="auto", use_safetensors=True)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        else:
+            if settings.get("auto_map") and not trust_remote_code:
+                raise UserError(
+                    f"the model brings code of its own (model_type {settings.get('model_type')!r})",
+                    where=where,
+                    fix="read its Python files, then add --trust-remote-code",
+                )
+            trust = {"trust_remote_code": trust_remote_code}
+            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **trust)
+            tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the model cannot be loaded: {reason}", where=where, fix="export it again"
+        ) from None
+    return model.eval(), tokenizer
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory} is no directory",
+            where=str(directory),
+            fix="make one: titans export RUN MODEL_DIR",
+        )
+    path = directory / "config.json"
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        fix = "give what titans export wrote"
+        if (directory / "checkpoints").is_dir() or (directory / "tensors.json").is_file():
+            fix = f"export it first: titans export {directory} MODEL_DIR"
+        raise UserError(
+            "no exported model: config.json is missing", where=str(directory), fix=fix
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"config.json cannot be read: {error}", where=str(path), fix="export it again"
+        ) from None
+    return settings
+
+
+def _compare_code(directory: Path) -> None:
+    different = [
+        path.name
+        for path in sorted(directory.glob("*.py"))
+        if not (_CODE / path.name).is_file()
+        or (_CODE / path.name).read_bytes() != path.read_bytes()
+    ]
+    if different:
+        log.warning(
+            "%s was exported by another version (%s); the installed code runs",
+            directory,
+            ", ".join(different),
+        )
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except Exception as error:
+        raise UserError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}",
+            where="--device",
+            fix="use cpu, or the cuda device of this machine",
+        ) from None
+
+
+def _inputs(tokenizer: Any, prompt: str, model: Any) -> Any:
+    """Token ids and mask, (1, tokens); a document's beginning for an empty prompt."""
+    text = prompt or tokenizer.bos_token or tokenizer.eos_token
+    if not text:
+        raise UserError(
+            "the model has no token to begin a document with", where="PROMPT", fix="give a prompt"
+        )
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if int(inputs["input_ids"].max()) >= vocabulary:
+        raise UserError(
+            f"the tokenizer's ids exceed the model's {vocabulary}",
+            where="tokenizer.json",
+            fix="export the model again",
+        )
+    return inputs.to(model.device)
