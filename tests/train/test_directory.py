@@ -1,0 +1,110 @@
+import json
+
+import pytest
+
+from titans_pretrain import config
+from titans_pretrain.errors import UserError
+from titans_pretrain.train.directory import RunDirectory, changes, write_first
+
+
+def resolved(directory, **sections):
+    base = {
+        "model": {},
+        "data": {"manifest": "m", "sequence_length": 8},
+        "train": {"steps": 4, "global_batch_size": 1, "learning_rate": 1.0},
+        "run": {"directory": str(directory)},
+    }
+    return config.resolve(base | sections, source="test")
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The directory of a run that has begun."""
+    directory = RunDirectory(tmp_path / "run")
+    directory.create()
+    directory.begin(resolved(directory.path))
+    return directory
+
+
+def test_a_run_that_is_there_is_refused_without_resume(begun):
+    with pytest.raises(UserError, match="a run is here already"):
+        begun.check(resolved(begun.path), resume=False)
+    assert begun.check(resolved(begun.path), resume=True) == []
+
+
+def test_checkpoints_without_a_configuration_are_no_empty_directory(begun):
+    begun.config.unlink()
+    (begun.checkpoints / "step-3").mkdir()
+    with pytest.raises(UserError, match="a run is here already"):
+        begun.check(resolved(begun.path), resume=False)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        begun.check(resolved(begun.path), resume=True)
+    assert "newest checkpoint" in caught.value.fix
+
+
+def test_a_damaged_configuration_is_told(begun):
+    begun.config.write_text("model: [")
+    with pytest.raises(UserError, match="cannot be read"):
+        begun.check(resolved(begun.path), resume=True)
+
+
+def test_resuming_nothing_says_so(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    (sentence,) = directory.check(resolved(directory.path), resume=True)
+    assert sentence == f"nothing to resume in {directory.path}"
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"model": {"hidden_size": 96}}, "model.hidden_size"),
+        ({"data": {"manifest": "m", "sequence_length": 16}}, "data.sequence_length"),
+        ({"data": {"manifest": "m", "sequence_length": 8, "seed": 1}}, "data.seed"),
+    ],
+)
+def test_what_the_model_or_the_data_order_depends_on_cannot_change(begun, section, key):
+    with pytest.raises(UserError, match=f"{key}: .* differs from .* began with"):
+        begun.check(resolved(begun.path, **section), resume=True)
+
+
+def test_other_changes_are_told(begun):
+    train = {"steps": 9, "global_batch_size": 2, "learning_rate": 1.0}
+    assert begun.check(resolved(begun.path, train=train), resume=True) == [
+        "train.global_batch_size is now 2, was 1",
+        "train.steps is now 9, was 4",
+    ]
+
+
+def test_a_key_of_another_version_is_told():
+    assert changes({"train": {"old": 1}}, {"train": {}}, where="") == [
+        "train.old is now 'absent', was 1"
+    ]
+
+
+def test_two_processes_cannot_hold_one_run(begun):
+    held = begun.lock()
+    with pytest.raises(UserError, match="another process is training this run"):
+        begun.lock()
+    held.close()
+    begun.lock().close()
+
+
+def test_a_new_start_forgets_the_last_failure(begun):
+    begun.error.write_text("{}")
+    begun.begin(resolved(begun.path))
+    assert not begun.error.exists()
+    assert config.load(begun.config) == resolved(begun.path)
+
+
+def test_a_directory_that_cannot_be_made_is_the_user_s_mistake(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot make the run's directory"):
+        RunDirectory(tmp_path / "file" / "run").create()
+
+
+def test_the_first_error_written_stays(tmp_path):
+    path = tmp_path / "error.json"
+    assert write_first(path, {"rank": 1})
+    assert not write_first(path, {"rank": 0})
+    assert json.loads(path.read_text()) == {"rank": 1}
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,181 @@
+"""A run's directory: what lies where, who may use it, what a resumed run may change. No torch."""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from titans_pretrain import config as run_config
+from titans_pretrain.config import RunConfig
+from titans_pretrain.errors import UserError
+from titans_pretrain.files import atomic_file
+
+FIXED = (
+    "model",
+    "data.sequence_length",
+    "data.seed",
+    "data.validation_fraction",
+)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run.
+
+    Attributes:
+        path: the directory.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration as resolved."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """``step-N`` directories."""
+        return self.path / "checkpoints"
+
+    @property
+    def error(self) -> Path:
+        """The first failure of the latest start, if it failed."""
+        return self.path / "error.json"
+
+    @property
+    def ranks(self) -> Path:
+        """Rank to host and process of the latest start."""
+        return self.path / "ranks.json"
+
+    def log(self, rank: int) -> Path:
+        """What a rank printed."""
+        return self.path / "logs" / f"rank-{rank}.log"
+
+    def check(self, config: RunConfig, *, resume: bool) -> list[str]:
+        """Whether the run may start here; changes nothing.
+
+        Returns:
+            Sentences about what differs from the configuration it began with.
+
+        Raises:
+            UserError: a run is here and ``resume`` is off, or the model or the data order would
+                change.
+        """
+        if not self.config.exists() and not any(self.checkpoints.glob("step-*")):
+            return [f"nothing to resume in {self.path}"] if resume else []
+        if not resume:
+            raise UserError(
+                "a run is here already",
+                where=str(self.path),
+                fix="add --resume to continue it, or choose another run.directory",
+            )
+        return changes(self._stored(), config.model_dump(), where=str(self.config))
+
+    def create(self) -> None:
+        """Make the directories.
+
+        Raises:
+            UserError: they cannot be made.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.log(0).parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the run's directory: {error.strerror}",
+                where=f"run.directory: {self.path}",
+                fix="choose a directory you can write to",
+            ) from None
+
+    def begin(self, config: RunConfig) -> None:
+        """Write the configuration of this start and remove the failure of the last."""
+        with atomic_file(self.config, "w") as handle:
+            handle.write(run_config.dump(config))
+        self.error.unlink(missing_ok=True)
+
+    def lock(self) -> IO[str]:
+        """Hold the run for this process, until the handle is closed or the process ends.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        handle = open(self.path / ".lock", "a")  # noqa: SIM115 - the caller holds it
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.close()
+            raise UserError(
+                "another process is training this run",
+                where=str(self.path),
+                fix="wait until it has ended; ranks.json tells its host and process",
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        return handle
+
+    def _stored(self) -> dict[str, Any]:
+        try:
+            stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(
+                f"the run's configuration cannot be read: {error}".replace("\n", " "),
+                where=str(self.config),
+                fix="copy config.yaml back from the newest checkpoint",
+            ) from None
+        return stored if isinstance(stored, dict) else {}
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, where: str) -> list[str]:
+    """Sentences about the keys that differ between two configurations.
+
+    Raises:
+        UserError: a key that the model or the order of the data depends on differs.
+    """
+    old, new = _flat(before), _flat(after)
+    said = []
+    for key in sorted(old.keys() | new.keys()):
+        if key in old and key in new and old[key] == new[key]:
+            continue
+        was, now = old.get(key, "absent"), new.get(key, "absent")
+        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+            raise UserError(
+                f"{key}: {now!r} differs from {was!r}, which the run began with",
+                where=where,
+                fix=f"use {key}={was}, or begin another run",
+            )
+        said.append(f"{key} is now {now!r}, was {was!r}")
+    return said
+
+
+def write_first(path: Path, value: object) -> bool:
+    """Write JSON unless ``path`` exists; whether it was written. Safe among ranks."""
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            flat |= _flat(item, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = item
+    return flat

@@ -1,0 +1,182 @@
+"""What a run tells: ``metrics.jsonl`` (the truth), wandb, a progress line. No torch here."""
+
+import json
+import os
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from titans_pretrain.config import RunConfig
+from titans_pretrain.files import atomic_file
+
+WANDB_SECONDS = 20
+PROGRESS_SECONDS = 1.0
+
+
+class MetricsLog:
+    """Appends rows to ``metrics.jsonl``; a row is whole or, after a crash, cut off at resume.
+
+    Args:
+        path: the file.
+        step: the step the run goes on from; later rows, and a torn last one, are removed.
+    """
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        if path.exists():
+            kept = [row for row in _whole_rows(path) if json.loads(row)["step"] <= step]
+            with atomic_file(path, "w") as handle:
+                handle.writelines(kept)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make the rows survive a power cut; before a checkpoint that relies on them."""
+        os.fsync(self._file.fileno())
+
+
+def _whole_rows(path: Path) -> list[str]:
+    """The lines of the file up to the first that is no JSON object with a step."""
+    rows = []
+    with open(path, encoding="utf-8", errors="replace") as handle:
+        for line in handle:
+            try:
+                whole = line.endswith("\n") and isinstance(json.loads(line)["step"], int)
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            if not whole:
+                break
+            rows.append(line)
+    return rows
+
+
+class WandbLog:
+    """Rows to wandb under one run id; its failures are told once and never stop the run.
+
+    Offline where WANDB_API_KEY is not set (``wandb sync`` uploads later); WANDB_MODE overrides.
+
+    Args:
+        config: the run; ``run.wandb_project`` None turns wandb off.
+        directory: the run's directory, which keeps the run id.
+        tell: prints a sentence.
+    """
+
+    def __init__(self, config: RunConfig, directory: Path, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._run: Any = None
+        if config.run.wandb_project is not None:
+            self._try("start", lambda: self._start(config, directory))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Log one row at its step."""
+        if self._run is not None:
+            values = {name: value for name, value in row.items() if name != "step"}
+            self._try("log", lambda: self._run.log(values, step=row["step"]))
+
+    def close(self) -> None:
+        """Finish the run, for at most WANDB_SECONDS."""
+        if self._run is not None:
+            self._try("finish", self._finish)
+
+    def _start(self, config: RunConfig, directory: Path) -> None:
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE") or (
+            "online" if os.environ.get("WANDB_API_KEY") else "offline"
+        )
+        self._run = wandb.init(
+            project=config.run.wandb_project,
+            name=config.run.name or directory.name,
+            id=run_id(directory),
+            resume="allow" if mode == "online" else None,
+            dir=directory,
+            config=config.model_dump(),
+            mode=mode,
+            settings=wandb.Settings(
+                init_timeout=WANDB_SECONDS, silent=True, console="off", disable_git=True
+            ),
+        )
+
+    def _finish(self) -> None:
+        finishing = threading.Thread(target=self._run.finish, daemon=True)
+        finishing.start()
+        finishing.join(WANDB_SECONDS)
+        if finishing.is_alive():
+            raise TimeoutError(f"not done after {WANDB_SECONDS} s")
+
+    def _try(self, doing: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self._run = None
+            self._tell(
+                f"wandb could not {doing}: {_without_key(f'{type(error).__name__}: {error}')}; "
+                "going on with metrics.jsonl only"
+            )
+
+
+def run_id(directory: Path) -> str:
+    """The wandb id of the run, made once and kept in its directory."""
+    path = directory / "wandb-id"
+    if not path.exists():
+        with atomic_file(path, "w") as handle:
+            handle.write(uuid.uuid4().hex[:12] + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _without_key(text: str) -> str:
+    key = os.environ.get("WANDB_API_KEY")
+    return (text.replace(key, "(key)") if key else text).splitlines()[0]
+
+
+class Progress:
+    """One line a step on the terminal, at most one a second.
+
+    Args:
+        steps: steps of the whole run.
+        tell: prints a line.
+    """
+
+    def __init__(self, steps: int, tell: Callable[[str], None]) -> None:
+        self._steps, self._tell = steps, tell
+        self._shown = float("-inf")
+        self._seconds: deque[float] = deque(maxlen=50)
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Tell one step's row."""
+        self._seconds.append(row["seconds"])
+        now = time.monotonic()
+        if now - self._shown < PROGRESS_SECONDS and row["step"] < self._steps:
+            return
+        self._shown = now
+        mean = sum(self._seconds) / len(self._seconds)
+        left = mean * (self._steps - row["step"])
+        self._tell(progress_line(row, self._steps, left))
+
+
+def progress_line(row: Mapping[str, Any], steps: int, seconds_left: float) -> str:
+    """Step, loss, gradient norm, learning rate, speed and time left."""
+    return (
+        f"step {row['step']}/{steps}  loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  "
+        f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s  "
+        f"{duration(seconds_left)} left"
+    )
+
+
+def duration(seconds: float) -> str:
+    """``3d04h``, ``2h05m``, ``7m30s`` or ``12s``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d{hour:02}h"
+    if hours:
+        return f"{hours}h{minute:02}m"
+    return f"{minutes}m{second:02}s" if minutes else f"{second}s"

@@ -1,0 +1,40 @@
+"""AdamW with weight decay on the matrices of projections only."""
+
+import torch
+from torch import nn
+
+from titans_pretrain.config import TrainSection
+
+
+def decayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that decay: the weights of plain ``nn.Linear`` layers.
+
+    Norms, biases, embeddings, convolutions, persistent tokens, the memory's initial weights and
+    its gates (a subclass of ``nn.Linear``) do not decay, nor does a head that is tied to the
+    embedding.
+    """
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    linear = {
+        id(module.weight)
+        for module in model.modules()
+        if type(module) is nn.Linear and id(module.weight) not in embeddings
+    }
+    return {name for name, parameter in model.named_parameters() if id(parameter) in linear}
+
+
+def build(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
+    """AdamW in two groups, with and without decay."""
+    matrices = decayed(model)
+    parameters = dict(model.named_parameters())
+    groups = [
+        ([p for name, p in parameters.items() if name in matrices], train.weight_decay),
+        ([p for name, p in parameters.items() if name not in matrices], 0.0),
+    ]
+    return torch.optim.AdamW(
+        [{"params": members, "weight_decay": decay} for members, decay in groups if members],
+        lr=train.learning_rate,
+        betas=(train.beta1, train.beta2),
+        eps=train.epsilon,
+    )

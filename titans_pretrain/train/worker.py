@@ -1,0 +1,184 @@
+"""One rank from start to exit code: process group, logs, the run, the report of a failure."""
+
+import faulthandler
+import os
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from titans_pretrain import config as run_config
+from titans_pretrain import errors
+from titans_pretrain.checkpoint.format import newest_good
+from titans_pretrain.config import RunConfig
+from titans_pretrain.errors import StoppedEarly, TitansError, UserError
+from titans_pretrain.files import write_json
+from titans_pretrain.parallel import devices, mesh
+from titans_pretrain.parallel.devices import OtherRankFailed
+from titans_pretrain.train.directory import RunDirectory, write_first
+from titans_pretrain.train.signals import StopRequest
+from titans_pretrain.train.trainer import Trainer, open_data
+
+
+def work(config: RunConfig, *, resume: bool) -> int:
+    """Train as the rank that the environment names; the exit code.
+
+    A rank that fails ends its process here: an orderly end would wait for the other ranks.
+    """
+    worker = Worker(config)
+    try:
+        device = devices.local_device()
+        with devices.process_group(device):
+            worker.run(device, resume=resume)
+    except BaseException as error:
+        code = worker.report(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return errors.DONE
+
+
+class Worker:
+    """What one rank of a run knows outside the training loop.
+
+    Args:
+        config: the run.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._directory = RunDirectory(Path(config.run.directory))
+        self._rank = int(os.environ.get("RANK", "0"))
+        self._terminal: TextIO = sys.stdout
+        self._complaints: TextIO = sys.stderr
+        self._log: Path | None = None
+        self._stop = StopRequest()
+
+    def run(self, device: torch.device, *, resume: bool) -> None:
+        """Check, prepare, resume and train; needs a process group."""
+        config = self._config
+        grid = devices.together(lambda: mesh.plan(devices.ranks(), config.mesh, config.train))
+        dumps = devices.gather_objects(run_config.dump(config))
+        devices.together(lambda: _check_equal(dumps))
+        data = devices.together(lambda: open_data(config))
+        notes, checkpoint = devices.from_first(lambda: self._open(resume))
+        self._redirect()
+        self._tell_ranks()
+        for note in (str(grid), *notes):
+            self._tell(note)
+        if checkpoint is not None and _step_of(checkpoint) >= config.train.steps:
+            self._tell(f"finished already: {checkpoint.name} of {config.train.steps} steps")
+            return
+        trainer = Trainer(config, grid, device, data, self._directory, self._stop, self._tell)
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+        trainer.run()
+        self._tell(f"done: {config.train.steps} steps in {self._directory.path}")
+
+    def report(self, error: BaseException) -> int:
+        """Log a failure, keep it in ``error.json`` and print it if it is the first.
+
+        Returns:
+            The exit code.
+        """
+        told = self._explain(error)
+        if not isinstance(error, UserError | StoppedEarly):
+            traceback.print_exception(error, file=sys.stderr)
+        if isinstance(error, OtherRankFailed):
+            return told.exit_code
+        if isinstance(error, StoppedEarly):
+            first = self._rank == 0
+        else:
+            first = self._log is None or self._write_error(told, error)
+        if first:
+            print(told, file=self._complaints, flush=True)
+        return told.exit_code
+
+    def _open(self, resume: bool) -> tuple[list[str], Path | None]:
+        """Take the run's directory; what to tell, and the checkpoint to go on from."""
+        notes = self._directory.check(self._config, resume=resume)
+        self._directory.create()
+        self._lock = self._directory.lock()
+        self._directory.begin(self._config)
+        if not resume:
+            return notes, None
+        checkpoint, skipped = newest_good(self._directory.checkpoints)
+        start = f"resuming from {checkpoint}" if checkpoint else "starting at step 0"
+        return [*notes, *skipped, start], checkpoint
+
+    def _redirect(self) -> None:
+        """Send what this rank prints, C libraries included, to its log; the terminal stays open."""
+        self._terminal = os.fdopen(os.dup(1), "w", encoding="utf-8")
+        self._complaints = os.fdopen(os.dup(2), "w", encoding="utf-8")
+        self._log = self._directory.log(self._rank)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+        faulthandler.enable()
+        print(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} start of rank {self._rank}", flush=True)
+
+    def _tell(self, sentence: str) -> None:
+        if self._rank == 0:
+            print(sentence, file=self._terminal, flush=True)
+            print(sentence, flush=True)
+
+    def _tell_ranks(self) -> None:
+        places = devices.gather_objects({"host": socket.gethostname(), "pid": os.getpid()})
+        if self._rank == 0:
+            write_json(self._directory.ranks, {str(i): place for i, place in enumerate(places)})
+
+    def _explain(self, error: BaseException) -> TitansError:
+        if isinstance(error, TitansError):
+            return error
+        where = f"rank {self._rank} on {socket.gethostname()}"
+        if isinstance(error, torch.OutOfMemoryError):
+            return TitansError(
+                "out of GPU memory",
+                where=where,
+                fix="lower train.micro_batch_size, set train.activation_checkpointing=true, or "
+                "start more ranks",
+            )
+        first_line = (str(error).splitlines() or [""])[0]
+        return TitansError(
+            f"{type(error).__name__}: {first_line}",
+            where=where,
+            fix=f"the traceback is in {self._log}" if self._log else "",
+        )
+
+    def _write_error(self, told: TitansError, error: BaseException) -> bool:
+        """Whether this is the first failure of the run, as far as the file system knows."""
+        record = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "rank": self._rank,
+            "host": socket.gethostname(),
+            "exit_code": told.exit_code,
+            "what": told.what,
+            "where": told.where,
+            "fix": told.fix,
+            "traceback": traceback.format_exception(error),
+        }
+        try:
+            return write_first(self._directory.error, record)
+        except OSError:
+            return True  # the disk may be what failed
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _check_equal(configurations: list[str]) -> None:
+    different = [i for i, other in enumerate(configurations) if other != configurations[0]]
+    if different:
+        raise UserError(
+            f"rank {different[0]} has another configuration than rank 0",
+            where="start of the ranks",
+            fix="give every host the same file and arguments",
+        )
