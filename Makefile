@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-DEMO := demo
+override DEMO := demo
 
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -43,6 +43,7 @@ $(DEMO)/run/.trained: $(DEMO)/data/manifest.json configs/demo.yaml
 	@touch $@
 
 $(DEMO)/model/config.json: $(DEMO)/run/.trained
+	@rm -rf $(DEMO)/model
 	$(BIN)/titans export $(DEMO)/run $(DEMO)/model
 
 test: $(READY)

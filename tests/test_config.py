@@ -147,3 +147,41 @@ def test_presets_are_flat_maps_of_fields_that_their_variant_uses():
         values = yaml.safe_load(path.read_text())
         assert not config.fields.problems(values), path
         assert not config.fields.unused(values["variant"], values), path
+
+
+def test_a_variant_other_than_the_presets_is_refused():
+    with pytest.raises(UserError, match="not the variant of preset"):
+        config.resolve_model({"preset": "titans-mal-170m", "variant": "mac"})
+
+
+@pytest.mark.parametrize("path", sorted(config.PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_run_of_any_preset_dumps_to_one_that_loads(path, run_file):
+    raw = yaml.safe_load(RUN) | {"model": {"preset": path.stem}}
+    raw["train"]["learning_rate"] = 1e-3
+    run = config.resolve(raw, source="here")
+    assert config.resolve(yaml.safe_load(config.dump(run)), source="there") == run
+
+
+@pytest.mark.parametrize("text", ["model: {1: 2}\n", "? [a, b]\n: 3\n", "? {a: 1}\n: 3\n"])
+def test_odd_keys_are_the_users_mistake(run_file, text):
+    run_file.write_text(text)
+    with pytest.raises(UserError):
+        config.load(run_file)
+
+
+@pytest.mark.parametrize("key", ["train.learning_rate", "train.gradient_clip"])
+def test_an_infinite_number_is_refused(run_file, key):
+    with pytest.raises(UserError, match="is not allowed"):
+        config.load(run_file, [f"{key}=.inf"])
+
+
+def test_yaml_merges_work(run_file):
+    run_file.write_text("base: &b {steps: 10}\n" + RUN.replace("  steps: 10", "  <<: *b"))
+    with pytest.raises(UserError, match="base: no such key"):
+        config.load(run_file)
+
+
+def test_without_presets_the_message_says_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "PRESETS", tmp_path)
+    with pytest.raises(UserError, match="holds no presets"):
+        config.resolve_model({"preset": "titans-mac-170m"})

@@ -22,7 +22,11 @@ class Section(BaseModel):
     """A group of keys; unknown ones are refused."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
 
@@ -177,8 +181,17 @@ def resolve_model(section: Mapping[str, Any], where: "_Where | None" = None) -> 
     """All fields of the model from a preset's name and the fields that differ from it."""
     where = where or _Where("model", {})
     given = dict(section)
+    for name in given:
+        if not isinstance(name, str):
+            where.fail(("model",), f"model: {name!r} is no name of a field", "give names of fields")
     preset = given.pop("preset", None)
     base = load_preset(preset, where) if preset is not None else {}
+    if given.get("variant", base.get("variant")) != base.get("variant") and base:
+        where.fail(
+            ("model", "variant"),
+            f"model.variant: {given['variant']!r} is not the variant of preset {preset!r}",
+            "choose the preset of that variant",
+        )
     values = fields.defaults() | base | given
     for problem in fields.problems(base | given):
         key = ("model", problem.field)
@@ -197,6 +210,12 @@ def load_preset(name: Any, where: "_Where | None" = None) -> dict[str, Any]:
     """The fields of a preset in ``configs/model``."""
     where = where or _Where("model.preset", {})
     known = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if not known:
+        where.fail(
+            ("model", "preset"),
+            f"model.preset: {PRESETS} holds no presets",
+            "install from a checkout with pip install --editable, or give the fields",
+        )
     if name not in known:
         where.fail(
             ("model", "preset"), f"model.preset: no preset {name!r}", nearest(str(name), known)
@@ -226,12 +245,13 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a number and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        self.flatten_mapping(node)
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = repr(self.construct_object(key_node, deep=True))
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                    None, None, f"key {key} is given twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)

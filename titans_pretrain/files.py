@@ -41,7 +41,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as indented JSON, atomically; equal values give equal bytes."""
     with atomic_file(path, "w") as handle:
-        json.dump(value, handle, indent=2, sort_keys=True)
+        json.dump(value, handle, indent=2, sort_keys=True, allow_nan=False)
         handle.write("\n")
 
 

@@ -11,7 +11,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "pytest",
-        "transformers.models.llama.modeling_llama",
+        "titans_pretrain.model.modeling_titans",
         "titans_pretrain.train.worker",
         "deepspeed",
     ]

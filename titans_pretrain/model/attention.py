@@ -96,7 +96,7 @@ class WindowAttention(nn.Module):
         joined = [join(old, new, layout) for old, new in zip(history, by_time, strict=True)]
         length = history[0].shape[1]
         known = layout.lead + length - layout.position.clamp(max=length)
-        seen = length + int(layout.count.max())
+        seen = length + layout.valid.shape[1]
         kept = seen if self.window is None else min(self.window - 1, seen)
         after = {
             name: newest(_widen(tensor, kept, layout), kept, layout)

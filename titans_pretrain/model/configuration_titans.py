@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .fields import TABLE, defaults, problems
+from .fields import TABLE, defaults, misspelt, problems, rotary_factor
 
 
 class TitansConfig(PretrainedConfig):
@@ -30,10 +30,11 @@ class TitansConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in TABLE}
-        found = problems(given)
+        found = problems(given) + [problem for name in kwargs for problem in misspelt(name)]
         if found:
             raise ValueError("TitansConfig: " + "; ".join(str(problem) for problem in found))
         values = defaults() | given
+        values["partial_rotary_factor"] = rotary_factor(values)
         values["memory_heads"] = values["memory_heads"] or values["num_attention_heads"]
         for name, value in values.items():
             setattr(self, name, value)

@@ -74,12 +74,14 @@ FIELDS: tuple[ModelField, ...] = (
     ModelField(
         name="partial_rotary_factor",
         kind=float,
-        default=0.5,
+        default=None,
+        optional=True,
         low=0,
         high=1,
         variants=WITH_ATTENTION,
         doc="Share of each attention head that rotates, rounded down to an even width; persistent "
-        "tokens, which have no position, are keyed in the rest.",
+        "tokens, which have no position, are keyed in the rest. Null takes 0.5 for mac and mag, "
+        "else 1.",
     ),
     ModelField(name="rms_norm_eps", kind=float, default=1e-6, above=0, doc="RMSNorm's epsilon."),
     ModelField(
@@ -253,6 +255,12 @@ def problems(values: Mapping[str, Any]) -> list[Problem]:
     return found
 
 
+def misspelt(name: str) -> list[Problem]:
+    """A problem if ``name`` is no field but so like one that it must be meant."""
+    close = difflib.get_close_matches(name, TABLE, n=1, cutoff=0.85)
+    return [_unknown(name)] if close and name not in TABLE else []
+
+
 def _unknown(name: str) -> Problem:
     match = difflib.get_close_matches(name, TABLE, n=1, cutoff=0.5)
     hint = f"did you mean {match[0]!r}?" if match else f"known fields: {', '.join(TABLE)}"
@@ -303,7 +311,7 @@ def _between(v: Mapping[str, Any]) -> Iterable[Problem]:
                 f"use {_nearest_divisor(width, count)} heads or hidden_size "
                 f"{_multiple(width, count)}",
             )
-    head, factor = width // v["num_attention_heads"], v["partial_rotary_factor"]
+    head, factor = width // v["num_attention_heads"], rotary_factor(v)
     if (
         variant in ("mac", "mag")
         and v["num_persistent_tokens"]
@@ -326,6 +334,14 @@ def _between(v: Mapping[str, Any]) -> Iterable[Problem]:
             f"{v['segment_length']} is no multiple of chunk_size {v['chunk_size']}",
             f"use {_multiple(v['segment_length'], v['chunk_size'])}",
         )
+
+
+def rotary_factor(values: Mapping[str, Any]) -> float:
+    """``partial_rotary_factor``, or what the variant takes when it is null."""
+    given: float | None = values["partial_rotary_factor"]
+    if given is not None:
+        return given
+    return 0.5 if values["variant"] in ("mac", "mag") else 1.0
 
 
 def rotated_width(head_width: int, factor: float) -> int:

@@ -15,6 +15,11 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def unit(x: Tensor) -> Tensor:
+    """The vectors of the last axis at length one; in half precision the bound on zero would be."""
+    return F.normalize(full_precision(x), dim=-1).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis with a learned scale."""
 

@@ -18,7 +18,7 @@ class Layout:
     """Tokens of a call as slots on a grid.
 
     Attributes:
-        position: (B,) tokens the row consumed before the first slot's grid cell began counting.
+        position: (B,) tokens the row consumed before this call.
         offset: (B,) grid coordinate of slot 0.
         lead: (B,) slots before the row's first token.
         count: (B,) tokens of the row.

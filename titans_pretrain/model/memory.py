@@ -8,14 +8,16 @@ per-token weights exist. ``memory_reference.py`` is the same function token by t
 Shapes: B batch, H heads, T time, c chunk, d head width; weights are (B, H, out, in).
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 COEFFICIENT_BLOCK = 64
+T = TypeVar("T")
 
 
 class MemoryState(NamedTuple):
@@ -140,6 +142,19 @@ def unflatten(tensors: Sequence[Tensor]) -> MemoryState:
     return MemoryState(tuple(tensors[:depth]), tuple(tensors[depth:]))
 
 
+def exact(function: Callable[..., T]) -> Callable[..., T]:
+    """Run without autocast: states and coefficients keep their precision, in recompute too."""
+
+    @functools.wraps(function)
+    def run(first: Any, *rest: Any) -> T:
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
+        with torch.autocast(device_type=device, enabled=False):
+            return function(first, *rest)
+
+    return run
+
+
+@exact
 def retrieve(queries: Tensor, weights: Sequence[Tensor], rule: Rule) -> Tensor:
     """Read without writing, M*(q) of Eq. 15: (B, H, T, d) from one set of weights per row."""
     hidden = queries.to(weights[0].dtype)
@@ -152,6 +167,7 @@ def retrieve(queries: Tensor, weights: Sequence[Tensor], rule: Rule) -> Tensor:
     return hidden.to(queries.dtype)
 
 
+@exact
 def chunk_step(
     tokens: Tokens,
     anchor: Sequence[Tensor],
@@ -371,7 +387,8 @@ def _chunk_backward(
     inputs: Sequence[Tensor], read_grad: Tensor, state_grads: Sequence[Tensor], rule: Rule
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Recompute one chunk and pull gradients through it: to its tokens, and to its first state."""
-    with torch.enable_grad():
+    device = inputs[0].device.type
+    with torch.enable_grad(), torch.autocast(device_type=device, enabled=False):
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         state = unflatten(leaves[6:])
         read, final = chunk_step(Tokens(*leaves[:6]), state.weights, state, rule)

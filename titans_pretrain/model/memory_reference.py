@@ -67,7 +67,8 @@ def memory_scan(
         past = tuple(e * s - th * u for s, u in zip(past, surprise, strict=True))  # Eq. 10, 14
         weights = tuple((1 - a) * w + s for w, s in zip(weights, past, strict=True))  # Eq. 13
         reads.append(_apply(weights, q[:, :, t], activation, residual))  # Eq. 15
-    return torch.stack(reads, dim=2).to(queries.dtype), MemoryState(weights, past)
+    read = torch.stack(reads, dim=2) if reads else torch.zeros_like(q)
+    return read.to(queries.dtype), MemoryState(weights, past)
 
 
 def _apply(weights: Layers, x: Tensor, activation: str, residual: bool) -> Tensor:

@@ -261,7 +261,9 @@ class _Segment:
         # slots without a token go to a spare cell that is cut off
         cells = torch.where(part.valid, part.cells, length)[:, None, :, None]
         buffers = tuple(
-            F.pad(old, (0, 0, 0, 1)).scatter(2, cells.expand_as(tensor), tensor)[:, :, :length]
+            F.pad(old.to(tensor.dtype), (0, 0, 0, 1)).scatter(2, cells.expand_as(tensor), tensor)[
+                :, :, :length
+            ]
             for old, tensor in zip(self.buffers, new, strict=True)
         )
         return _Segment(self.weights, buffers)

@@ -120,28 +120,28 @@ class TitansModel(TitansPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if not hidden.shape[1]:
+            raise ValueError("no tokens: give at least one column of input_ids or inputs_embeds")
         cache = self._cache(past_key_values, use_cache)
         layout = self._layout(hidden, attention_mask, cache)
         columns = hidden.shape[1]
         if layout is not None:
             hidden = layout.enter(hidden)
-        collected = [hidden]
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        collected = []
         for layer in self.layers:
+            if output_hidden_states:
+                collected.append(hidden if layout is None else layout.leave(hidden))
             hidden = layer(hidden, layout=layout, past_key_values=cache)
-            collected.append(hidden)
         hidden = self.norm(hidden)
-        collected[-1] = hidden
         if layout is not None:
             hidden = layout.leave(hidden)
         if cache is not None and layout is not None:
             for state in cache.layers:
                 state.state["position"] = layout.position + layout.count
                 state.seen += columns
-        states = None
-        if output_hidden_states or (
-            output_hidden_states is None and self.config.output_hidden_states
-        ):
-            states = tuple(x if layout is None else layout.leave(x) for x in collected)
+        states = (*collected, hidden) if output_hidden_states else None
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=cache, hidden_states=states
         )
@@ -151,8 +151,8 @@ class TitansModel(TitansPreTrainedModel):
             use_cache = self.config.use_cache
         if given is not None and not isinstance(given, TitansCache):
             raise TypeError(f"past_key_values is a {type(given).__name__}, expected a TitansCache")
-        if self.training and self.gradient_checkpointing:
-            use_cache = False
+        if given is not None and self.training and self.gradient_checkpointing:
+            raise ValueError("gradient checkpointing cannot continue a cache; call eval() first")
         if given is not None:
             return given
         return TitansCache(self.config) if use_cache and not self.training else None
@@ -176,7 +176,10 @@ class TitansModel(TitansPreTrainedModel):
                 raise ValueError(
                     f"attention_mask is {tuple(mask.shape)}, expected ({batch}, {seen + columns})"
                 )
-            mask = mask[:, -columns:].bool() if columns else mask[:, :0].bool()
+            mask = mask[:, -columns:]
+            if not bool(((mask == 0) | (mask == 1)).all()):
+                raise ValueError("attention_mask holds values other than 0 (pad) and 1 (token)")
+            mask = mask.bool()
             if cache is None and bool(mask.all()):
                 mask = None
         if mask is None and cache is None:
@@ -292,7 +295,7 @@ def next_token_loss(
     return F.cross_entropy(predicted, targets, reduction="sum") / num_items_in_batch
 
 
-_HARMLESS = {"cache_position", "output_attentions", "use_cache", "is_first_iteration"}
+_HARMLESS = {"cache_position", "output_attentions", "is_first_iteration", "return_dict"}
 
 
 def _refuse(arguments: dict[str, Any]) -> None:
@@ -301,7 +304,10 @@ def _refuse(arguments: dict[str, Any]) -> None:
     if arguments.get("output_attentions"):
         bad.append("output_attentions")
     if bad:
-        raise TypeError(f"Titans takes no {', '.join(bad)}: a token's position is its place")
+        raise TypeError(
+            f"Titans does not take {', '.join(bad)} (a token's position is its place among the "
+            "row's tokens, and attention weights are not kept)"
+        )
 
 
 __all__ = ["TitansConfig", "TitansForCausalLM", "TitansModel", "TitansPreTrainedModel"]

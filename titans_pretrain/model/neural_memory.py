@@ -18,6 +18,7 @@ from .layers import (
     full_precision,
     merge_heads,
     split_heads,
+    unit,
 )
 from .layout import Layout, choose
 from .memory import MemoryState, Rule, Tokens, memory_scan, retrieve, state_dtype
@@ -146,7 +147,7 @@ class NeuralMemory(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Unit queries (B, H, T, d), and the convolution's inputs to carry on."""
         heads, carried = self._branch("q", x, history, layout)
-        return F.normalize(heads, dim=-1), carried
+        return unit(heads), carried
 
     def retrieve(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """Read without writing: (B, H, T, d) to normalised (B, T, D)."""
@@ -162,7 +163,7 @@ class NeuralMemory(nn.Module):
             if history is not None:
                 carried[key] = history
         gates = self._gates(x, layout, cached, carried)
-        queries, keys = (F.normalize(branches[name], dim=-1) for name in ("q", "k"))
+        queries, keys = unit(branches["q"]), unit(branches["k"])
         return Projected(Tokens(queries, keys, branches["v"], *gates), carried)
 
     def _branch(
