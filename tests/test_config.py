@@ -43,6 +43,11 @@ def test_a_dumped_run_loads_to_an_equal_one(run_file, tmp_path):
     assert config.load(tmp_path / "again.yaml") == run
 
 
+def test_the_manifest_is_found_from_any_working_directory(run_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config.load(run_file).data.manifest == str(tmp_path / "data" / "manifest.json")
+
+
 def test_a_preset_gives_its_fields_and_a_given_field_wins():
     section = {"preset": "titans-mac-170m", "chunk_size": 32}
     values = config.resolve_model(section)

@@ -144,6 +144,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     raw, lines = _read(path)
     for override in overrides:
         _override(raw, override, lines)
+    _make_absolute(raw)
     return resolve(raw, source=str(path), lines=lines)
 
 
@@ -318,6 +319,13 @@ def _override(raw: dict[str, Any], text: str, lines: dict[tuple[str, ...], str])
             f"{value!r} is no YAML value", where=f"command line: {text}", fix="quote it"
         ) from None
     lines[parts] = f"command line: {text}"
+
+
+def _make_absolute(raw: Mapping[str, Any]) -> None:
+    """A run finds its data from any working directory."""
+    data = raw.get("data")
+    if isinstance(data, dict) and isinstance(data.get("manifest"), str):
+        data["manifest"] = str(Path(data["manifest"]).absolute())
 
 
 def _explain(error: ValidationError, where: _Where) -> NoReturn:
