@@ -17,15 +17,17 @@ from typing import Any
 
 import numpy as np
 
+from data_prep import inputs as origin
+from data_prep import schema
 from data_prep.inputs import Input
 from data_prep.output import write_json
+from data_prep.schema import FORMAT
 from data_prep.sources import Columns, Layout
 from data_prep.tar import MEMBER_TOKENS
 from data_prep.tokenizer import Tokenizer
 from titans_pretrain.errors import UserError
 from titans_pretrain.files import sha256_file
 
-FORMAT = 1
 PLAN, MANIFEST, TOKENIZER = "plan.json", "manifest.json", "tokenizer.model"
 
 
@@ -104,8 +106,10 @@ def describe(
     entries = []
     for item in inputs:
         shape = layouts[item.name]
-        starts = {"starts": list(shape.starts)} if shape.starts else {}
-        entries.append({"name": item.name, "size": item.size, "units": shape.units, **starts})
+        entry = {"name": item.name, "size": item.size, "units": shape.units}
+        entry |= {"starts": list(shape.starts)} if shape.starts else {}
+        content = origin.sha256(item)
+        entries.append(entry | ({"sha256": content} if content else {}))
     return {
         "format": FORMAT,
         "inputs": entries,
@@ -120,8 +124,6 @@ def describe(
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first thing in which two plans differ, or an empty string."""
-    if old["format"] != new["format"]:
-        return f"it has format {old['format']}, this version writes {new['format']}"
     if old["tasks"] != new["tasks"]:
         return f"it has {old['tasks']} tasks, now {new['tasks']}"
     if old["tokenizer_sha256"] != new["tokenizer_sha256"]:
@@ -132,20 +134,46 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     for name, value in new["settings"].items():
         if old["settings"].get(name) != value:
             return f"it has {name} {old['settings'].get(name)!r}, now {value!r}"
-    before, after = ({i["name"]: i["size"] for i in plan["inputs"]} for plan in (old, new))
+    before, after = ({i["name"]: i for i in plan["inputs"]} for plan in (old, new))
     for name in sorted(before.keys() | after.keys()):
         if name not in after:
             return f"its input {name} is not given now"
         if name not in before:
             return f"the input {name} is new"
-        if before[name] != after[name]:
-            return f"its input {name} has {before[name]} bytes, now {after[name]}"
+        sizes = [entry["size"] for entry in (before[name], after[name])]
+        if sizes[0] != sizes[1]:
+            return f"its input {name} has {sizes[0]} bytes, now {sizes[1]}"
+        if before[name].get("sha256") != after[name].get("sha256"):
+            return f"its input {name} has other content now"
     return ""
 
 
 def task_file(output: Path, task: int) -> Path:
     """Where a task's manifest lies."""
     return output / f"task-{task:05d}.json"
+
+
+def read_plan(output: Path) -> dict[str, Any]:
+    """The frozen plan.
+
+    Raises:
+        UserError: there is none, it is damaged, or it has another format.
+    """
+    path = output / PLAN
+    if not path.exists():
+        fix = "run `titans data prepare` first"
+    else:
+        fix = f"remove {PLAN}, then repeat `titans data prepare` with the first command's options"
+    return schema.read(path, schema.PLAN, fix=fix)
+
+
+def read_task(output: Path, task: int) -> dict[str, Any] | None:
+    """What a finished task wrote; None when its file is missing, damaged or another task's."""
+    try:
+        entry = schema.read(task_file(output, task), schema.TASK, fix="")
+    except UserError:
+        return None
+    return entry if entry["task"] == task else None
 
 
 def merge(output: Path) -> dict[str, Any]:
@@ -158,9 +186,10 @@ def merge(output: Path) -> dict[str, Any]:
         UserError: no plan, tasks that are not finished, files that are gone or have another size,
             tasks of different plans, or no document left.
     """
-    plan = read_json(output / PLAN, fix="run `titans data prepare` first")
+    plan = read_plan(output)
     frozen = Plan(plan, ()).digest
-    missing = [t for t in range(plan["tasks"]) if not task_file(output, t).exists()]
+    entries = [read_task(output, task) for task in range(plan["tasks"])]
+    missing = [task for task, entry in enumerate(entries) if entry is None]
     if missing:
         raise UserError(
             f"{len(missing)} of {plan['tasks']} tasks are not finished: "
@@ -169,7 +198,7 @@ def merge(output: Path) -> dict[str, Any]:
             where=str(output),
             fix=redo(output, missing[0]),
         )
-    done = [read_json(task_file(output, t)) for t in range(plan["tasks"])]
+    done = [entry for entry in entries if entry is not None]
     for entry in done:
         _check_task(output, entry, frozen)
     content = _content(output, plan, done)
@@ -179,7 +208,7 @@ def merge(output: Path) -> dict[str, Any]:
             where=str(output),
             fix="give other inputs or loosen the filters, with another --output",
         )
-    content["fingerprint"] = digest(content)
+    content["fingerprint"] = fingerprint(content)
     write_json(output / MANIFEST, content)
     return content
 
@@ -246,25 +275,30 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """The hash that names the data: all of the manifest but the provenance files' bytes.
+
+    Those depend on the version of pyarrow that wrote them.
+    """
+    shards = [shard | {"provenance": shard["provenance"]["name"]} for shard in content["shards"]]
+    body = {key: content[key] for key in content if key != "fingerprint"}
+    return digest(body | {"shards": shards})
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read and check a ``manifest.json``.
 
     Raises:
-        UserError: no manifest, of another format, or changed after it was written.
+        UserError: no manifest, of another format, changed after it was written, or one that names
+            files outside its directory.
     """
     if path.is_dir():
         raise UserError(
             "a directory, not a manifest", where=str(path), fix=f"give {path / MANIFEST}"
         )
-    content = read_json(path, fix="make one with `titans data prepare`, or `titans data merge`")
-    body = {key: content[key] for key in content if key != "fingerprint"}
-    if content.get("format") != FORMAT:
-        raise UserError(
-            f"the manifest has format {content.get('format')!r}, this version reads {FORMAT}",
-            where=str(path),
-            fix="prepare the data with this version",
-        )
-    if content.get("fingerprint") != digest(body):
+    fix = "make one with `titans data prepare`, or `titans data merge`"
+    content = schema.read(path, schema.MANIFEST, fix=fix)
+    if content["fingerprint"] != fingerprint(content):
         raise UserError(
             "the manifest does not match its fingerprint",
             where=str(path),
@@ -291,22 +325,10 @@ def size_problem(path: Path, size: int) -> str:
 def redo(output: Path, task: int) -> str:
     """The command that does a task again; finished, intact ones are skipped by it."""
     try:
-        plan = json.loads((output / PLAN).read_text())
-        options, tasks = shlex.join(plan["command"]), plan["tasks"]
-    except (OSError, ValueError, KeyError):
+        plan = read_plan(output)
+    except UserError:
         return "prepare the data again with `titans data prepare`"
+    options, tasks = shlex.join(plan["command"]), plan["tasks"]
     tail = f" --task {task} --tasks {tasks}" if tasks > 1 else ""
     model = shlex.join(["--tokenizer", str(output / TOKENIZER), "--output", str(output)])
     return f"run `titans data prepare {options} {model}{tail}`"
-
-
-def read_json(path: Path, *, fix: str = "prepare the data again") -> dict[str, Any]:
-    """Read a JSON object, with a ``UserError`` for a file that is missing or none."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no JSON"
-        raise UserError(f"cannot read {path.name}: {reason}", where=str(path), fix=fix) from None
-    if not isinstance(content, dict):
-        raise UserError(f"cannot read {path.name}: no JSON object", where=str(path), fix=fix)
-    return content

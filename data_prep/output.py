@@ -1,4 +1,4 @@
-"""Whole files or none, with errors that name the file on a full disk."""
+"""Whole files or none, with errors that name the file and the cause."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO
 
 from titans_pretrain import files
-from titans_pretrain.errors import TitansError
+from titans_pretrain.errors import TitansError, UserError
 
 
 @contextlib.contextmanager
@@ -14,6 +14,12 @@ def told(path: Path) -> Iterator[None]:
     """Turn a failed write (a full disk, no permission) into an error that names the file."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"cannot write {path.name}: {error.filename} is no directory",
+            where=str(path),
+            fix="choose another --output",
+        ) from None
     except OSError as error:
         raise TitansError(
             f"cannot write {path.name}: {error.strerror or error}",
@@ -24,7 +30,9 @@ def told(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
-    """``atomic_file`` whose failures name the file."""
+    """``atomic_file`` that makes the folder and whose failures name the file."""
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with told(path), files.atomic_file(path) as handle:
         yield handle
 

@@ -6,6 +6,7 @@ function of inputs, tokenizer, settings and number of tasks.
 """
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ from data_prep import manifest
 from data_prep.inputs import Input
 from data_prep.manifest import Plan, Settings
 from data_prep.output import told, write_json, writing
+from data_prep.schema import FORMAT
 from data_prep.sources import Layout, Reader, Row, layout, shuffled
 from data_prep.tar import MASK_SUFFIX, TarWriter
 from data_prep.tokenizer import Tokenizer
@@ -36,7 +38,7 @@ PROGRESS_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """An encoded document, EOS included: ids (tokens,), mask (tokens,) or None."""
+    """An encoded document, EOS included: ids (tokens,), mask (tokens,) or None; no text."""
 
     ids: NDArray[Any]
     mask: NDArray[np.uint8] | None
@@ -84,7 +86,7 @@ def prepare(
     else:
         _remove_leftovers(output, task)
         _Task(plan, tokenizer, output, settings, task).run()
-    if all(manifest.task_file(output, other).exists() for other in range(tasks)):
+    if all(manifest.read_task(output, other) for other in range(tasks)):
         return manifest.merge(output)
     return None
 
@@ -104,13 +106,12 @@ def freeze(
     """
     path = output / manifest.PLAN
     ordered = tuple(sorted(inputs, key=lambda item: item.name))
-    if not path.exists():
-        layouts = {item.name: layout(item) for item in ordered}
-        content = manifest.describe(ordered, layouts, tokenizer, settings, tasks, command)
-        write_json(path, content)
-    old = manifest.read_json(path, fix="prepare into an empty --output")
-    layouts = {item.name: Layout(0) for item in ordered}
+    begun = path.exists()
+    layouts = {item.name: Layout(0) if begun else layout(item) for item in ordered}
     new = manifest.describe(ordered, layouts, tokenizer, settings, tasks, command)
+    if not begun:
+        write_json(path, new)
+    old = manifest.read_plan(output)
     if difference := manifest.difference(old, new):
         raise UserError(
             f"the output was begun with another plan: {difference}",
@@ -122,10 +123,9 @@ def freeze(
 
 def finished(output: Path, plan: Plan, task: int) -> bool:
     """Whether the task's manifest is there and every file it names has the recorded checksum."""
-    path = manifest.task_file(output, task)
-    if not path.exists():
+    entry = manifest.read_task(output, task)
+    if entry is None:
         return False
-    entry = manifest.read_json(path)
     files = [*entry["shards"], *(shard["provenance"] for shard in entry["shards"])]
     return entry["plan"] == plan.digest and all(
         (output / file["name"]).exists() and sha256_file(output / file["name"]) == file["sha256"]
@@ -151,11 +151,12 @@ class _Task:
         """Write the shards, then the unigram counts, then the manifest."""
         for window in self._windows():
             self._write_shard(window)
+            window.clear()
         path = self.output / f"task-{self.task:05d}.unigrams.npy"
         with writing(path) as handle:
             np.lib.format.write_array(handle, self.unigrams, version=(1, 0), allow_pickle=False)
         content = {
-            "format": manifest.FORMAT,
+            "format": FORMAT,
             "task": self.task,
             "plan": self.plan.digest,
             "documents": dict(self.documents),
@@ -199,7 +200,7 @@ class _Task:
             Document(
                 np.array([*ids, self.tokenizer.eos_id], self.dtype),
                 masks[index] if masks else None,
-                row,
+                dataclasses.replace(row, text="", prompt=""),
             )
             for index, (ids, row) in enumerate(zip(encoded, kept, strict=True))
         ]

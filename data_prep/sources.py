@@ -7,10 +7,12 @@ The unit of work is the row group: of parquet its own, of jsonl every 1000 lines
 import contextlib
 import gzip
 import json
+import reprlib
+import sys
 import tempfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any
@@ -26,6 +28,7 @@ from titans_pretrain.errors import TitansError, UserError, nearest
 
 LINES_PER_UNIT = 1000
 OPEN_FILES = 16
+UNPACKED_FILES = 256
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,15 @@ def layout(item: Input) -> Layout:
 class Reader:
     """Reads units; keeps the last files open, and compressed jsonl unpacked in $TMPDIR.
 
-    Use as a context manager: the end closes and removes them.
+    At most ``OPEN_FILES`` and ``UNPACKED_FILES`` of them. Use as a context manager: the end closes
+    and removes them.
     """
 
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
         self._open: OrderedDict[str, Any] = OrderedDict()
-        self._spools: dict[str, IO[bytes]] = {}
+        self._unpacked: OrderedDict[str, Any] = OrderedDict()
+        self._times = 0
 
     def __enter__(self) -> "Reader":
         return self
@@ -125,7 +130,7 @@ class Reader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in (*self._open.values(), *self._spools.values()):
+        for handle in (*self._open.values(), *self._unpacked.values()):
             handle.close()
 
     def rows(self, item: Input, shape: Layout, unit: int) -> Iterator[list[Row]]:
@@ -144,23 +149,29 @@ class Reader:
 
     def parquet(self, item: Input) -> pq.ParquetFile:
         """The open file."""
-        return self._cached(item, lambda: pq.ParquetFile(inputs.open_file(item), pre_buffer=False))
+        return _recent(
+            self._open,
+            item.url,
+            OPEN_FILES,
+            lambda: pq.ParquetFile(inputs.open_file(item), pre_buffer=False),
+        )
 
     def lines(self, item: Input) -> IO[bytes]:
         """The file's uncompressed bytes, seekable."""
-        if item.url.endswith((".gz", ".zst")):
-            if item.url not in self._spools:
-                self._spools[item.url] = _unpack(item)
-            return self._spools[item.url]
-        return self._cached(item, lambda: inputs.open_file(item))
+        if not item.url.endswith((".gz", ".zst")):
+            return _recent(self._open, item.url, OPEN_FILES, lambda: inputs.open_file(item))
+        return _recent(self._unpacked, item.url, UNPACKED_FILES, lambda: self._unpack(item))
 
-    def _cached(self, item: Input, make: Any) -> Any:
-        if item.url not in self._open:
-            if len(self._open) == OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            self._open[item.url] = make()
-        self._open.move_to_end(item.url)
-        return self._open[item.url]
+    def _unpack(self, item: Input) -> IO[bytes]:
+        """Unpack a file; says once when files are dropped that may have to be unpacked again."""
+        self._times += 1
+        if self._times == UNPACKED_FILES + 1:
+            print(
+                f"over {UNPACKED_FILES} compressed inputs: each is unpacked again and again; "
+                "parquet would be faster",
+                file=sys.stderr,
+            )
+        return _unpack(item)
 
     def _parquet_rows(self, item: Input, unit: int) -> Iterator[list[Row]]:
         with _readable(item):
@@ -204,7 +215,8 @@ class Reader:
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise _no_utf8(f"{item.url}:{line}") from None
-        return Row(text, "", item.name, "", "", None, None)
+        name = _encodable(item.name, "the file's name", item.url)
+        return Row(text, "", name, "", "", None, None)
 
     def _row(self, values: dict[str, Any] | None, where: str) -> Row:
         """Check one row's columns; a blank line is an empty document."""
@@ -223,10 +235,24 @@ class Reader:
         )
         if score is not None and not isinstance(score, int | float):
             raise UserError(
-                f"column 'score' holds {score!r}, no number", where=where, fix="mend this row"
+                f"column 'score' holds {reprlib.repr(score)}, no number",
+                where=where,
+                fix="mend this row",
             )
-        name, url, dump = (str(values.get(key) or "") for key in (columns.id, "url", "dump"))
+        name, url, dump = (
+            _label(values.get(key), key, where) for key in (columns.id, "url", "dump")
+        )
         return Row(text, prompt, name, url, dump, score, language)
+
+
+def _recent(kept: OrderedDict[str, Any], key: str, most: int, make: Callable[[], Any]) -> Any:
+    """The file kept under a key, opened when it is not; the one used longest ago is closed."""
+    if key not in kept:
+        if len(kept) >= most:
+            kept.popitem(last=False)[1].close()
+        kept[key] = make()
+    kept.move_to_end(key)
+    return kept[key]
 
 
 def _unpack(item: Input) -> IO[bytes]:
@@ -268,14 +294,18 @@ def _zst_blocks(packed: IO[bytes]) -> Iterator[bytes]:
 @contextlib.contextmanager
 def _readable(item: Input) -> Iterator[None]:
     """Name the file when it cannot be read to its end."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException) as error:
-        raise UserError(
-            f"cannot read the input: {error}".splitlines()[0],
-            where=item.url,
-            fix="replace the file, or leave it out",
-        ) from None
+    damage: tuple[type[Exception], ...]
+    damage = (EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
+    damage += () if "://" in item.url else (OSError,)
+    with inputs.reaching(item.url, where=item.url):
+        try:
+            yield
+        except damage as error:
+            raise UserError(
+                f"cannot read the input: {error}".splitlines()[0],
+                where=item.url,
+                fix="replace the file, or leave it out",
+            ) from None
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any] | None:
@@ -286,12 +316,18 @@ def _parse(line: bytes, where: str) -> dict[str, Any] | None:
     except UnicodeDecodeError:
         raise _no_utf8(where) from None
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"invalid JSON: {error.msg} at column {error.colno}", where=where, fix="mend this line"
-        ) from None
+        raise _bad_json(f"{error.msg} at column {error.colno}", where) from None
+    except ValueError:
+        raise _bad_json("a number of thousands of digits", where) from None
+    except RecursionError:
+        raise _bad_json("nested too deeply", where) from None
     if not isinstance(values, dict):
         raise UserError("the line is no JSON object", where=where, fix="mend this line")
     return values
+
+
+def _bad_json(problem: str, where: str) -> UserError:
+    return UserError(f"invalid JSON: {problem}", where=where, fix="mend this line")
 
 
 def _pylist(batch: pa.RecordBatch, item: Input, unit: int, first: int) -> list[dict[str, Any]]:
@@ -316,15 +352,24 @@ def _text(value: Any, column: str, where: str) -> str:
             where=where,
             fix="name the column that holds text",
         )
+    return _encodable(value, f"column {column!r}", where)
+
+
+def _label(value: Any, column: str, where: str) -> str:
+    """An identifier, which need not be text, as text; empty where there is none."""
+    return _encodable("" if value is None else str(value), f"column {column!r}", where)
+
+
+def _encodable(text: str, what: str, where: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:
-        raise _no_utf8(where) from None
-    return value
+        raise _no_utf8(where, what) from None
+    return text
 
 
-def _no_utf8(where: str) -> UserError:
-    return UserError("the text is no UTF-8", where=where, fix="mend or remove this line")
+def _no_utf8(where: str, what: str = "the text") -> UserError:
+    return UserError(f"{what} is no UTF-8", where=where, fix="mend or remove this line")
 
 
 def _no_column(name: str, known: Any, where: str) -> UserError:

@@ -30,7 +30,6 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m data_prep.stdlib_text OUT.jsonl", file=sys.stderr)
         return 2
     output = Path(arguments[0])
-    output.parent.mkdir(parents=True, exist_ok=True)
     rows = [row(text, name) for name, text in corpus()]
     with writing(output) as handle:
         for values in rows:

@@ -5,6 +5,7 @@ Every member but the last holds ``member_tokens`` tokens. A member ``KEY.npy`` m
 """
 
 import io
+import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,10 +56,11 @@ def walk(path: Path) -> Iterator[Member]:
     """The members of a tar, from its headers alone.
 
     Raises:
-        UserError: a damaged header, a foreign member, or an archive that ends early.
+        UserError: a file that cannot be opened, a damaged header, a foreign member, or an archive
+            that ends early.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
+    with _opened(path) as handle:
+        size = os.fstat(handle.fileno()).st_size
         offset = 0
         while True:
             header = handle.read(BLOCK)
@@ -78,6 +80,17 @@ def walk(path: Path) -> Iterator[Member]:
             yield _array(path, info, offset, handle)
             offset += -(-info.size // BLOCK) * BLOCK
             handle.seek(offset)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path.name}: {error.strerror}",
+            where=str(path),
+            fix="copy the file back, or permit reading it",
+        ) from None
 
 
 def _array(path: Path, info: tarfile.TarInfo, offset: int, handle: IO[bytes]) -> Member:

@@ -158,7 +158,6 @@ def _training_error(message: str, vocab_size: int) -> UserError:
 
 
 def _save(content: bytes, output: Path) -> Tokenizer:
-    output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output) as handle:
         handle.write(content)
     return Tokenizer(output)

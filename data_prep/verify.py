@@ -68,13 +68,9 @@ def shard_problems(
     """What is wrong with one shard and its provenance."""
     for entry in (shard, shard["provenance"]):
         path = directory / entry["name"]
-        if problem := manifest.size_problem(path, entry["bytes"]):
+        if problem := _file_problem(path, entry):
             yield problem
-        elif sha256_file(path) != entry["sha256"]:
-            yield f"{path.name} does not have its checksum"
-        else:
-            continue
-        return
+            return
     try:
         stream = open_stream(directory, content, shard)
     except UserError as error:
@@ -95,6 +91,17 @@ def shard_problems(
         ends.append(position + np.flatnonzero(tokens == content["eos_id"]))
         position += len(tokens)
     yield from _boundary_problems(directory, shard, np.concatenate(ends), position)
+
+
+def _file_problem(path: Path, entry: Mapping[str, Any]) -> str:
+    """How a file departs from its entry in the manifest, or an empty string."""
+    if problem := manifest.size_problem(path, entry["bytes"]):
+        return problem
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    return "" if found == entry["sha256"] else f"{path.name} does not have its checksum"
 
 
 def _boundary_problems(

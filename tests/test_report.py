@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -64,3 +65,65 @@ def test_a_directory_without_metrics_or_without_a_step_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no step is logged yet"):
         report.report([tmp_path])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"step": 1, "loss": null}', "loss is None, no number"),
+        ('{"step": 1, "loss": "a"}', "loss is 'a', no number"),
+        ('{"step": 1, "loss": true}', "loss is True, no number"),
+        ('{"step": "x", "loss": 1.0}', "step is 'x', no number"),
+        ('{"step": 1, "validation_loss": [2]}', "validation_loss is \\[2\\], no number"),
+        ('{"step": 1, "loss": 1.0, "tokens": "9"}', "tokens is '9', no number"),
+        ('{"step": 1, "loss": 1.0, "tokens_per_second": {}}', "tokens_per_second is {}, no"),
+        ('{"step": 1, "loss": 1' + "0" * 400 + "}", "loss is 1000.*, no number"),
+        ('"a"', "no JSON object with a step"),
+        ("[" * 100_000, "no JSON object with a step"),
+        ('{"loss": 1.0}', "no JSON object with a step"),
+    ],
+)
+def test_a_row_of_other_things_than_numbers_is_named(make_run, row, message):
+    run = make_run("bad")
+    with open(run / "metrics.jsonl", "a") as handle:
+        handle.write(row + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        report.read_run(run)
+    assert caught.value.where.endswith("metrics.jsonl:32")
+
+
+def test_an_unknown_unigram_entropy_is_told_with_the_reason(make_run, tmp_path, capsys):
+    run = make_run("moved", manifest="data/manifest.json")
+    assert report.read_run(run).unigram_entropy is None
+    told = capsys.readouterr().err
+    assert told.startswith(f"{tmp_path.cwd()}/data/manifest.json: No such file")
+    (run / "config.yaml").write_text("model: {}")
+    assert report.read_run(run).unigram_entropy is None
+    assert f"{run}/config.yaml: names no unigram entropy" in capsys.readouterr().err
+
+
+def test_smoothed_losses_are_means_around_their_steps():
+    losses = [float(i % 7) for i in range(1000)]
+    middles, means = report._smooth(losses)
+    assert list(middles) == list(range(1000))
+    assert means[500] == pytest.approx(sum(losses[490:511]) / 21)
+    assert means[0] == pytest.approx(sum(losses[:11]) / 11)
+    losses[500] = math.nan
+    losses[501] = math.inf
+    _, means = report._smooth(losses)
+    rest = losses[490:500] + losses[502:511]
+    assert means[500] == pytest.approx(sum(rest) / 19)
+    assert all(map(math.isnan, report._smooth([math.nan] * 300)[1]))
+
+
+def test_smoothing_a_long_run_takes_no_square_of_its_length():
+    class Counted(list):
+        taken = 0
+
+        def __getitem__(self, key):
+            Counted.taken += len(range(*key.indices(len(self))))
+            return super().__getitem__(key)
+
+    middles, means = report._smooth(Counted([1.0] * 100_000))
+    assert len(middles) == len(means) == 2000
+    assert Counted.taken < 50 * 100_000

@@ -1,23 +1,34 @@
 """The ``titans`` command: one function a verb, each a thin call into the library."""
 
 import argparse
+import math
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain import errors
+from titans_pretrain import errors, terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the process's exit code (0, 1, 2 or 75)."""
     options = _parser().parse_args(arguments)
     try:
-        return options.verb(options) or errors.DONE
+        code: int = options.verb(options) or errors.DONE
+        sys.stdout.flush()
+        return code
     except errors.TitansError as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and terminal.nobody_reads():
+            terminal.discard_output()
+        elif error.errno is None:
+            traceback.print_exc()
+        else:
+            print(terminal.refusal(error), file=sys.stderr)
+        return errors.FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return errors.FAILED
@@ -129,6 +140,7 @@ def checkpoint_list(options: argparse.Namespace) -> None:
 def checkpoint_verify(options: argparse.Namespace) -> None:
     """Compare every byte of a run's checkpoints with their checksums."""
     from titans_pretrain.checkpoint import format as layout
+    from titans_pretrain.checkpoint import manifest
 
     root = layout.checkpoints_of(options.run)
     steps = layout.steps(root)
@@ -138,11 +150,21 @@ def checkpoint_verify(options: argparse.Namespace) -> None:
         raise errors.UserError(
             f"no such checkpoint; there are: {known}", where=str(root), fix="give RUN and --step"
         )
-    damaged = 0
+    damaged, unreadable = 0, 0
     for step in wanted:
-        problems = layout.verify(root / layout.step_name(step))
-        damaged += bool(problems)
+        try:
+            problems = layout.verify(root / layout.step_name(step))
+            damaged += bool(problems)
+        except manifest.Unreadable as error:
+            problems = [f"{error.what} (it may be good)"]
+            unreadable += 1
         print(f"{layout.step_name(step)}: {'; '.join(problems) or 'good'}")
+    if unreadable:
+        raise errors.TitansError(
+            f"{unreadable} of {len(wanted)} checkpoints cannot be read, {damaged} are damaged",
+            where=str(root),
+            fix="mend that (permissions, file system) and verify again; delete none unread",
+        )
     if damaged:
         raise errors.TitansError(
             f"{damaged} of {len(wanted)} checkpoints are damaged",
@@ -251,12 +273,12 @@ def _add_data(verbs: Any) -> None:
     job.add_argument("--revision", help="commit, tag or branch of the dataset")
     job.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
     job.add_argument("--output", type=Path, required=True, help="directory of the shards")
-    job.add_argument("--task", type=int, default=0, help="which task, from 0 (%(default)s)")
+    job.add_argument("--task", type=_natural, default=0, help="which task, from 0 (%(default)s)")
     job.add_argument("--tasks", type=_positive, default=1, help="of how many (%(default)s)")
     job.add_argument("--text-column", default="text", help="column of the text (%(default)s)")
     job.add_argument("--id-column", default="id", help="column of the identifier (%(default)s)")
     job.add_argument("--prompt-column", help="column of text without loss before the text")
-    job.add_argument("--min-score", type=float, help="keep rows of this score or better")
+    job.add_argument("--min-score", type=_number, help="keep rows of this score or better")
     job.add_argument("--language", help="keep rows of this language, e.g. en")
     job.add_argument("--seed", type=_natural, default=0, help="of the order (%(default)s)")
     job.add_argument(
@@ -274,7 +296,7 @@ def _add_data(verbs: Any) -> None:
     job = jobs.add_parser("inspect", help="print counts and the first documents")
     job.set_defaults(verb=data_inspect)
     job.add_argument("directory", type=Path, metavar="DIR", help="directory of the shards")
-    job.add_argument("--documents", type=int, default=3, help="how many (%(default)s)")
+    job.add_argument("--documents", type=_natural, default=3, help="how many (%(default)s)")
 
 
 def _add_train(verbs: Any) -> None:
@@ -356,15 +378,32 @@ def _add_report(verbs: Any) -> None:
 _INPUT_HELP = "parquet, jsonl, jsonl.gz, jsonl.zst or txt files (quoted globs or URLs)"
 
 
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+    return value
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _integer(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return value
 
 
 def _natural(text: str) -> int:
-    value = int(text)
+    value = _integer(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return value

@@ -2,14 +2,19 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import UserError
 
 log = logging.getLogger(__name__)
 _CODE = Path(__file__).parent / "model"
+_COLDEST = 1e-6  # below, logits divided by the temperature may overflow float32
+_SHOWN_KEYS = 3
+_MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # what odd values in JSON lead to
 
 
 @dataclass(frozen=True)
@@ -18,10 +23,10 @@ class Sampling:
 
     Attributes:
         max_new_tokens: tokens to add; fewer if the model ends the document.
-        temperature: of the softmax; 0 takes the likeliest token.
+        temperature: of the softmax, at least 1e-6; 0 takes the likeliest token.
         top_k: sample among that many likeliest tokens; 0 among all.
         top_p: sample among the likeliest tokens of that total probability.
-        seed: of the draw.
+        seed: of the draw, less than 2**64.
         use_cache: keep the memory's state from token to token; off recomputes everything.
     """
 
@@ -35,10 +40,14 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, good, fix in (
             ("max_new_tokens", self.max_new_tokens >= 1, "use at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "use 0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or _COLDEST <= self.temperature < float("inf"),
+                f"use 0 for the likeliest token, or at least {_COLDEST}",
+            ),
             ("top_k", self.top_k >= 0, "use 0 or more"),
             ("top_p", 0 < self.top_p <= 1, "use more than 0 and at most 1"),
-            ("seed", self.seed >= 0, "use 0 or more"),
+            ("seed", 0 <= self.seed < 2**64, "use 0 or more, and less than 2**64"),
         ):
             if not good:
                 option = f"--{name.replace('_', '-')}"
@@ -66,13 +75,15 @@ def generate(
         The text that was printed.
 
     Raises:
-        UserError: no model, an unusable one, or an unknown device.
+        UserError: no model, an unusable one, an unknown device, or a prompt that is not UTF-8.
     """
     import torch
-    from transformers import TextStreamer, set_seed
-    from transformers.utils.logging import disable_progress_bar
+    from transformers import TextStreamer
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+    _check_text(prompt)
     disable_progress_bar()
+    set_verbosity_error()
     model, tokenizer = load(directory, trust_remote_code=trust_remote_code)
     model.to(_device(device))
     inputs = _inputs(tokenizer, prompt, model)
@@ -80,7 +91,7 @@ def generate(
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature}
         options |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
-        set_seed(sampling.seed)
+        torch.manual_seed(sampling.seed)
     with torch.inference_mode():
         (tokens,) = model.generate(
             **inputs,
@@ -97,22 +108,31 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
 
     A Titans model runs on the installed code, which is what it was exported with; a difference
     between the two is warned about. Another kind runs transformers' own code, or that of the
-    directory if ``trust_remote_code`` says so.
+    directory if ``trust_remote_code`` says so. Weights are read from safetensors files only. The
+    ``manifest.json`` of a Titans model is compared with every byte, where it is there.
 
     Raises:
-        UserError: the directory holds no model that can be loaded.
+        UserError: the directory holds no model that can be loaded, or not all of it, or more.
+        TitansError: a file cannot be read.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
     settings = _settings(directory)
     where = str(directory)
+    options: dict[str, Any] = {
+        "dtype": "auto",
+        "use_safetensors": True,
+        "ignore_mismatched_sizes": True,  # transformers reports them, _check_loaded refuses them
+        "output_loading_info": True,
+    }
     try:
         if settings.get("model_type") == "titans":
             from titans_pretrain.model.modeling_titans import TitansForCausalLM
 
+            _check_files(directory)
             _compare_code(directory)
-            model = TitansForCausalLM.from_pretrained(directory, dtype="auto", use_safetensors=True)
+            model, loading = TitansForCausalLM.from_pretrained(directory, **options)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         else:
             if settings.get("auto_map") and not trust_remote_code:
@@ -122,14 +142,53 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
                     fix="read its Python files, then add --trust-remote-code",
                 )
             trust = {"trust_remote_code": trust_remote_code}
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", **trust)
+            model, loading = AutoModelForCausalLM.from_pretrained(directory, **options, **trust)
             tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, SafetensorError, *_MALFORMED) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the model cannot be loaded: {reason}", where=where, fix="export it again"
         ) from None
+    _check_loaded(loading, where)
     return model.eval(), tokenizer
+
+
+def _check_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the prompt is not UTF-8: {prompt!a}", where="PROMPT", fix="give it in UTF-8"
+        ) from None
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse a model whose bytes are not those of its manifest; one without has nothing to say."""
+    if not (directory / manifest.NAME).exists():
+        return
+    if problems := manifest.problems(directory):
+        raise UserError(
+            f"the model is damaged: {'; '.join(problems)}",
+            where=str(directory),
+            fix=f"export it again, or delete {manifest.NAME} if the change is yours",
+        )
+
+
+def _check_loaded(loading: Mapping[str, Any], where: str) -> None:
+    """Refuse a model of which transformers filled in or left out a part."""
+    complaints = []
+    for kind in ("missing", "unexpected", "mismatched"):
+        found = loading[f"{kind}_keys"]
+        names = sorted(key if isinstance(key, str) else key[0] for key in found)
+        if names:
+            more = f" and {len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
+            complaints.append(f"{kind} keys: {', '.join(names[:_SHOWN_KEYS])}{more}")
+    if complaints:
+        raise UserError(
+            f"the weights are not those of config.json: {'; '.join(complaints)}",
+            where=where,
+            fix="export it again",
+        )
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -141,7 +200,7 @@ def _settings(directory: Path) -> dict[str, Any]:
         )
     path = directory / "config.json"
     try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         fix = "give what titans export wrote"
         if (directory / "checkpoints").is_dir() or (directory / "tensors.json").is_file():
@@ -153,6 +212,12 @@ def _settings(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"config.json cannot be read: {error}", where=str(path), fix="export it again"
         ) from None
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"config.json holds a {type(settings).__name__} instead of a mapping",
+            where=str(path),
+            fix="export it again",
+        )
     return settings
 
 
@@ -177,7 +242,7 @@ def _device(name: str) -> Any:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).cpu()  # meta tensors hold nothing to bring back
         return torch.device(name)
     except Exception as error:
         raise UserError(

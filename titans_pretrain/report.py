@@ -2,6 +2,7 @@
 
 import json
 import math
+import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from titans_pretrain.errors import UserError
 
 METRICS = "metrics.jsonl"
 SMOOTHED_ABOVE = 200
+SMOOTHED_POINTS = 2000
+NUMBERS = ("step", "loss", "validation_loss", "tokens", "tokens_per_second")
 COLUMNS = ("run", "steps", "tokens", "first", "last", "validation", "unigram", "tokens/s")
 
 
@@ -65,7 +68,8 @@ def report(directories: Sequence[Path], output: Path | None = None) -> Path:
         The picture's path.
 
     Raises:
-        UserError: a directory without metrics, a line that is no JSON, or no step logged yet.
+        UserError: a directory without metrics, a line that is no JSON object of numbers, or no step
+            logged yet.
     """
     runs = [read_run(directory) for directory in directories]
     output = output or directories[0] / "loss.png"
@@ -113,7 +117,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict) or "step" not in row:
             raise UserError(
@@ -121,16 +125,35 @@ def _rows(path: Path) -> list[dict[str, Any]]:
                 where=f"{path}:{number}",
                 fix="remove the line",
             )
+        for name in NUMBERS:
+            if name in row and not _number(row[name]):
+                raise UserError(
+                    f"{name} is {reprlib.repr(row[name])}, no number",
+                    where=f"{path}:{number}",
+                    fix="remove the line",
+                )
         rows.append(row)
     return rows
 
 
+def _number(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return whole or isinstance(value, float)
+
+
 def _unigram_entropy(directory: Path) -> float | None:
-    """What the run's data manifest tells, None where it is not at hand."""
+    """What the run's data manifest tells, None (and a line on stderr) where it is not at hand."""
+    path = directory / "config.yaml"
     try:
-        config = yaml.safe_load((directory / "config.yaml").read_text())
-        return float(json.loads(Path(config["data"]["manifest"]).read_text())["unigram_entropy"])
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        config = yaml.safe_load(path.read_text())
+        path = Path(config["data"]["manifest"])
+        return float(json.loads(path.read_text())["unigram_entropy"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or "names no unigram entropy"
+        print(
+            f"{path.absolute()}: {reason}; {directory} is shown without unigram entropy",
+            file=sys.stderr,
+        )
         return None
 
 
@@ -178,7 +201,6 @@ def _draw(runs: list[Run], output: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output) as handle:
         figure.savefig(handle, format="png")
     plt.close(figure)
@@ -188,7 +210,14 @@ def _draw_run(axes: Any, run: Run, color: Any) -> None:
     steps, losses = zip(*run.train, strict=True)
     if len(losses) > SMOOTHED_ABOVE:
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color=color, linewidth=1.6, label=f"{run.name} train")
+        middles, means = _smooth(losses)
+        axes.plot(
+            [steps[i] for i in middles],
+            means,
+            color=color,
+            linewidth=1.6,
+            label=f"{run.name} train",
+        )
     else:
         axes.plot(steps, losses, color=color, linewidth=1.4, label=f"{run.name} train")
     if run.validation:
@@ -198,8 +227,17 @@ def _draw_run(axes: Any, run: Run, color: Any) -> None:
         axes.plot(where, held_out, color=color, linestyle=":", label=label, zorder=3, **style)
 
 
-def _smooth(losses: Sequence[float]) -> list[float]:
-    """Mean over a window of a fiftieth of the run, centred so that it does not lag."""
+def _smooth(losses: Sequence[float]) -> tuple[Sequence[int], list[float]]:
+    """Means over windows of a fiftieth of the run, centred so that they do not lag, and where.
+
+    At most about ``SMOOTHED_POINTS`` of them, more than a picture shows, so that the cost does not
+    grow with the square of the run. A mean is of the window's finite losses, NaN if there is none.
+    """
     half = len(losses) // 100
-    windows = (losses[max(0, i - half) : i + half + 1] for i in range(len(losses)))
-    return [math.fsum(window) / len(window) for window in windows]
+    middles = range(0, len(losses), -(-len(losses) // SMOOTHED_POINTS))
+    windows = (losses[max(0, middle - half) : middle + half + 1] for middle in middles)
+    return middles, [_mean([loss for loss in window if math.isfinite(loss)]) for window in windows]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

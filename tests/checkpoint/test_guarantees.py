@@ -57,6 +57,15 @@ def test_damage_to_any_file_is_found_and_the_previous_checkpoint_taken(tmp_path,
     assert (tmp_path / "latest").read_text() == "step-2\n"
 
 
+def test_a_damaged_checkpoint_that_is_passed_over_is_told(tmp_path, caplog):
+    good, damaged = _save(tmp_path, 1), _save(tmp_path, 2)
+    assert layout.resolve(tmp_path) == damaged
+    assert caplog.text.count("damaged") == 0
+    (damaged / "state.json").unlink()
+    assert layout.resolve(tmp_path) == good
+    assert f"{damaged} is damaged and was skipped: state.json is missing" in caplog.text
+
+
 def test_without_a_good_checkpoint_there_is_none_and_each_is_named(tmp_path):
     assert layout.newest_good(tmp_path / "nowhere") == (None, [])
     (_save(tmp_path, 1) / "state.json").unlink()

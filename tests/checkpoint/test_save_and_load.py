@@ -110,9 +110,9 @@ def test_a_pickle_in_the_checkpoint_is_never_executed(tmp_path):
         if original is None:
             load(path, shards)
         else:
-            with pytest.raises(TitansError, match="cannot read"):
+            with pytest.raises(TitansError, match=r"cannot (be )?read"):
                 load(path, shards)
-            with pytest.raises(TitansError, match="cannot read"):
+            with pytest.raises(TitansError, match=r"cannot (be )?read"):
                 list(read_tensors(path, ""))
             (path / name).write_bytes(original)
     assert not (tmp_path / "executed").exists()

@@ -1,3 +1,4 @@
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,9 +193,87 @@ def test_sequences_longer_than_any_shard_are_refused(shards):
 def test_a_held_out_share_without_a_sequence_is_refused_with_one_that_has(shards):
     with pytest.raises(UserError, match=r"holds out .* no sequence of 64") as caught:
         SequenceLoader(shards, sequence_length=LENGTH, seed=0, validation_fraction=1e-4)
-    fraction = float(caught.value.fix.split()[1])
+    fraction = float(caught.value.fix.split()[1].strip(","))
     loader = SequenceLoader(shards, sequence_length=LENGTH, seed=0, validation_fraction=fraction)
     assert len(list(loader.validation_batches(sequences=1, limit=0, rank=0, ranks=1))) == 1
+
+
+class Counting:
+    """Shards of given lengths whose tokens count up over all of them; no shard ends early."""
+
+    masks = False
+
+    def __init__(self, *lengths):
+        self.lengths, self.tokens = lengths, sum(lengths)
+        self.first = np.cumsum([0, *lengths])
+
+    def read(self, shard, start, count):
+        assert 0 <= start <= start + count <= self.lengths[shard]
+        return np.arange(count, dtype=np.int64) + self.first[shard] + start
+
+
+def both(shards, length, fraction):
+    """All training and all held-out rows."""
+    loader = SequenceLoader(shards, sequence_length=length, seed=0, validation_fraction=fraction)
+    held_out = list(loader.validation_batches(sequences=1, limit=0, rank=0, ranks=1))
+    return step(loader, 0, loader.tokens_per_epoch // length), [batch.tokens for batch in held_out]
+
+
+@pytest.mark.parametrize(("length", "count"), [(63, 0), (64, 0), (65, 1), (128, 1), (129, 2)])
+def test_the_last_target_lies_in_the_shard_too(length, count):
+    training, _ = both(Counting(length, 65), 64, 0)
+    assert len(training) == count + 1
+
+
+def test_a_held_out_part_without_room_for_the_last_target_is_refused():
+    with pytest.raises(UserError, match="holds out 64 tokens, no sequence of 64"):
+        both(Counting(640), 64, 64 / 640)
+
+
+@pytest.mark.parametrize("held_out", [65, 127, 128, 129])
+def test_no_target_of_training_is_held_out_where_spans_end_at_the_boundary(held_out):
+    training, validation = both(Counting(640), 64, held_out / 640)
+    assert training.max() < 640 - held_out
+    assert min(rows.min() for rows in validation) == 640 - held_out
+    assert len(training) == (640 - held_out - 1) // 64
+    assert len(validation) == (held_out - 1) // 64
+
+
+def test_any_suggested_fraction_works_and_is_refused_only_where_none_would():
+    draw = random.Random(0)
+    suggested = refused = 0
+    cases = [((1333,), 700), ((1401,), 700), ((1402,), 700), ((10**7, 65), 64)]
+    cases.append(((50_002, 12_345), 25_000))  # four digits are too few
+    for _ in range(400):
+        lengths = tuple(draw.randint(1, 150) for _ in range(draw.randint(1, 4)))
+        cases.append((lengths, draw.randint(1, 80)))
+    for lengths, length in cases:
+        shards = Counting(*lengths)
+        options = {"sequence_length": length, "seed": 0}
+        try:
+            SequenceLoader(shards, validation_fraction=1e-9, **options)
+        except UserError as error:
+            if error.where != "data.validation_fraction":
+                continue
+            if error.fix.startswith("use 0,"):
+                refused += 1
+                for tokens in range(1, shards.tokens):
+                    with pytest.raises(UserError):
+                        SequenceLoader(
+                            shards, validation_fraction=tokens / shards.tokens, **options
+                        )
+            else:
+                suggested += 1
+                fraction = float(error.fix.split()[1].strip(","))
+                SequenceLoader(shards, validation_fraction=fraction, **options)
+    assert suggested > 100
+    assert refused > 10
+
+
+def test_sequences_that_only_the_held_out_part_prevents_are_told_so():
+    with pytest.raises(UserError, match="100 tokens are held out") as caught:
+        both(Counting(150), 64, 2 / 3)
+    assert "hold out less" in caught.value.fix
 
 
 def test_a_step_larger_than_the_data_is_refused(loader):

@@ -144,8 +144,7 @@ def test_the_fingerprint_covers_the_content(manifest, own_manifest, masked_manif
 
 def test_a_tar_without_the_masks_that_the_manifest_tells_is_refused(own_manifest):
     content = json.loads(own_manifest.read_text()) | {"masks": True}
-    del content["fingerprint"]
-    content["fingerprint"] = manifests.digest(content)
+    content["fingerprint"] = manifests.fingerprint(content)
     own_manifest.write_text(json.dumps(content))
     with pytest.raises(UserError, match="and no masks; the manifest tells"):
         TokenShards.open(own_manifest).read(0, 0, 1)

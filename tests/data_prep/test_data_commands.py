@@ -59,7 +59,28 @@ def test_a_dataset_and_its_files_give_the_same_shards(titans, model, tmp_path):
 def test_bad_options_end_with_exit_code_2(titans, corpus, model):
     assert titans(f"prepare --input none/* --tokenizer {model.path} --output out") == 2
     assert titans("prepare --input raw/* --tokenizer none.model --output out") == 2
-    for line in ("--tasks 0", "--seed -1", "--shard-bytes 0"):
-        with pytest.raises(SystemExit) as caught:
-            titans(f"prepare --input raw/* --tokenizer {model.path} --output out {line}")
-        assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("prepare --tasks 0", "argument --tasks: 0 is less than 1"),
+        ("prepare --tasks abc", "argument --tasks: 'abc' is no whole number"),
+        ("prepare --task 1.5", "argument --task: '1.5' is no whole number"),
+        ("prepare --task -1", "argument --task: -1 is negative"),
+        ("prepare --seed -1", "argument --seed: -1 is negative"),
+        ("prepare --shard-bytes 0", "argument --shard-bytes: 0 is less than 1"),
+        ("prepare --min-score nan", "argument --min-score: 'nan' is no finite number"),
+        ("prepare --min-score inf", "argument --min-score: 'inf' is no finite number"),
+        ("prepare --min-score high", "argument --min-score: 'high' is no finite number"),
+        ("inspect out --documents -3", "argument --documents: -3 is negative"),
+        ("inspect out --documents x", "argument --documents: 'x' is no whole number"),
+        ("tokenizer --vocab-size x", "argument --vocab-size: 'x' is no whole number"),
+        ("tokenizer --sample-bytes 0", "argument --sample-bytes: 0 is less than 1"),
+    ],
+)
+def test_a_bad_option_is_told_in_words(titans, capsys, line, message):
+    with pytest.raises(SystemExit) as caught:
+        titans(line)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.rstrip().endswith(message)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_up import rows, sentences, write_jsonl
 
-from data_prep import inputs, manifest, shard, tokenizer, verify
+from data_prep import inputs, manifest, shard, sources, tokenizer, verify
 from data_prep.manifest import Settings
 from titans_pretrain.errors import TitansError, UserError
 
@@ -215,6 +215,45 @@ def test_memory_holds_one_shard_whatever_the_unit(model, tmp_path):
     assert [entry["documents"] for entry in done["shards"]] == [1000] * 5
 
 
+def test_memory_holds_one_window_of_ids_and_one_batch_of_text(model, tmp_path, monkeypatch):
+    import gc
+
+    import pyarrow as pa
+
+    values = [{"text": text, "prompt": text} for text in sentences(1500)]
+    pq.write_table(pa.Table.from_pylist(values), tmp_path / "a.parquet")
+    monkeypatch.setattr(sources, "LINES_PER_UNIT", 100)
+    texts, documents, windows = [], [], []
+    encode, write = shard._Task._encode, shard._Task._write_shard
+
+    def measure():
+        live = gc.get_objects()
+        rows = [one for one in live if isinstance(one, sources.Row)]
+        texts.append(sum(len(row.text) + len(row.prompt) for row in rows))
+        documents.append(sum(isinstance(one, shard.Document) for one in live))
+
+    def watched_encode(self, rows):
+        measure()
+        return encode(self, rows)
+
+    def watched_write(self, window):
+        windows.append(len(window))
+        measure()
+        write(self, window)
+
+    monkeypatch.setattr(shard._Task, "_encode", watched_encode)
+    monkeypatch.setattr(shard._Task, "_write_shard", watched_write)
+    items = inputs.find([f"{tmp_path}/a.parquet"])
+    settings = Settings(shard_bytes=150_000, prompt_column="prompt")
+    shard.prepare(items, model, tmp_path / "out", settings)
+    assert len(windows) > 1
+    assert min(windows[:-1]) >= 500
+    lengths = sorted(2 * len(row["text"]) for row in values)
+    # A batch of rows as it comes, and the one before it that its loop still names.
+    assert max(texts) <= 2 * sum(lengths[-100:])
+    assert max(documents) <= max(windows)
+
+
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_nothing_half(
     prepare, corpus, monkeypatch
 ):
@@ -295,5 +334,5 @@ def test_a_plan_of_another_format_is_refused(prepare, corpus):
     output, _ = prepare(corpus)
     path = output / "plan.json"
     path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match="it has format 2"):
+    with pytest.raises(UserError, match="has format 2"):
         prepare(corpus)

@@ -1,6 +1,8 @@
+import contextlib
 import gzip
 import io
 import json
+import os
 
 import fsspec
 import pyarrow as pa
@@ -113,6 +115,11 @@ LINE_THREE = [
     (b"[1]", "no JSON object"),
     (b'{"body": "x"}', "no column 'text'"),
     (b'{"text": 5}', "holds int"),
+    (b'{"text": "a", "id": "\\ud800"}', "column 'id' is no UTF-8"),
+    (b'{"text": "a", "url": ["\\ud800"], "dump": "\\udfff"}', "column 'dump' is no UTF-8"),
+    (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "invalid JSON: a number of thousands of digits"),
+    (b"[" * 200_000, "invalid JSON: nested too deeply"),
+    (b'{"text": "a", "id": ' + b"[" * 200_000, "invalid JSON: nested too deeply"),
 ]
 
 
@@ -123,6 +130,36 @@ def test_a_bad_line_is_named(tmp_path, line, message):
     with pytest.raises(UserError, match=message) as caught:
         read_all(path)
     assert caught.value.where == f"{path}:3"
+
+
+def test_an_identifier_nested_to_any_depth_is_text_or_an_error(tmp_path):
+    for depth in (3, 800, *range(900, 1000)):
+        path = tmp_path / "a.jsonl"
+        path.write_text(f'{{"text": "a", "id": {"[" * depth}{"]" * depth}}}\n')
+        (item,) = inputs.find([str(path)])
+        with Reader(Columns()) as reader, contextlib.suppress(UserError):
+            ((row,),) = reader.rows(item, sources.layout(item), 0)
+            assert row.id == "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [(0, "0"), (False, "False"), (0.0, "0.0"), ("", ""), (None, ""), (17, "17")]
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_an_identifier_of_any_type_is_kept_as_text(tmp_path, name, given, kept):
+    path = write(tmp_path / name, [{"text": "a", "id": given}])
+    (item,) = inputs.find([str(path)])
+    with Reader(Columns()) as reader:
+        ((row,),) = reader.rows(item, sources.layout(item), 0)
+    assert row.id == kept
+
+
+def test_a_txt_files_name_that_is_no_utf8_is_refused(tmp_path):
+    path = os.fsencode(tmp_path) + b"/b\xe4d.txt"
+    with open(path, "w") as handle:
+        handle.write("text")
+    with pytest.raises(UserError, match="file's name is no UTF-8"):
+        read_all(tmp_path / "*.txt")
 
 
 def test_a_bad_line_is_counted_over_units(tmp_path):
@@ -190,6 +227,27 @@ def test_few_files_stay_open(tmp_path):
         for item in items + items:
             assert sum(len(batch) for batch in reader.rows(item, sources.layout(item), 0)) == 2
         assert len(reader._open) == sources.OPEN_FILES
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_few_unpacked_files_are_kept_and_more_are_told_once(tmp_path, monkeypatch, capsys, suffix):
+    monkeypatch.setattr(sources, "UNPACKED_FILES", 3)
+    paths = [write(tmp_path / f"{index}.jsonl{suffix}", rows(2, index)) for index in range(5)]
+    items = inputs.find(list(map(str, paths)))
+    shapes = [sources.layout(item) for item in items]
+    made, real = [], sources._unpack
+    monkeypatch.setattr(sources, "_unpack", lambda item: made.append(item) or real(item))
+    before = len(os.listdir("/proc/self/fd"))
+    with Reader(Columns()) as reader:
+        for index in (0, 1, 2, 0, 3, 0):
+            list(reader.rows(items[index], shapes[index], 0))
+        assert [unpacked.name for unpacked in made] == [items[i].name for i in range(4)]
+        for index in (4, 1, 2):
+            (batch,) = reader.rows(items[index], shapes[index], 0)
+            assert [row.text for row in batch] == [row["text"] for row in rows(2, index)]
+            assert len(os.listdir("/proc/self/fd")) - before <= 3
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert capsys.readouterr().err.count("over 3 compressed inputs") == 1
 
 
 def test_a_full_tmpdir_is_named(tmp_path, monkeypatch):

@@ -58,6 +58,12 @@ def test_a_foreign_member_is_refused(tmp_path):
         list(walk(tmp_path / "a.tar"))
 
 
+def test_a_tar_that_cannot_be_opened_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read a.tar: No such file") as caught:
+        list(walk(tmp_path / "a.tar"))
+    assert caught.value.where == str(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("content", [b"nonsense" * 20, b"\x93NUMPY\x02\x00" + bytes(120)])
 def test_a_member_that_is_no_array_is_refused(tmp_path, content):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:

@@ -19,8 +19,7 @@ def refit(output, **change):
     path = output / "manifest.json"
     content = json.loads(path.read_text())
     content["shards"][0] |= change
-    del content["fingerprint"]
-    path.write_text(json.dumps(content | {"fingerprint": manifest.digest(content)}))
+    path.write_text(json.dumps(content | {"fingerprint": manifest.fingerprint(content)}))
 
 
 def rewrite(output, edit):
@@ -153,6 +152,42 @@ def test_masks_beyond_one_are_found(prepare, tmp_path, capsys):
 
     rewrite(output, edit)
     assert "the mask holds 7" in problems(output, capsys)[0]
+
+
+def test_masks_against_the_manifest_are_found(output, prepare, tmp_path, capsys):
+    path = output / "manifest.json"
+    content = json.loads(path.read_text()) | {"masks": True}
+    path.write_text(json.dumps(content | {"fingerprint": manifest.fingerprint(content)}))
+    assert "00000-00000.tar has no masks, against the manifest" in problems(output, capsys)[0]
+    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "what ", "text": "memory"}] * 9)
+    output, content = prepare(source, "masked", prompt_column="prompt")
+    content |= {"masks": False}
+    content["fingerprint"] = manifest.fingerprint(content)
+    (output / "manifest.json").write_text(json.dumps(content))
+    assert "00000-00000.tar has masks, against the manifest" in problems(output, capsys)[0]
+
+
+def test_changed_provenance_is_found(output, capsys):
+    path = output / "00000-00000.documents.parquet"
+    held = bytearray(path.read_bytes())
+    held[9] ^= 1
+    path.write_bytes(held)
+    assert problems(output, capsys)[0] == f"{path.name} does not have its checksum\n"
+
+
+def test_a_file_that_cannot_be_read_is_a_problem_among_others(output, capsys, monkeypatch):
+    real = verify.sha256_file
+
+    def read(path):
+        if path.name == "00000-00000.tar":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(verify, "sha256_file", read)
+    (output / "00000-00001.tar").unlink()
+    out, _ = problems(output, capsys)
+    assert "00000-00000.tar cannot be read: Permission denied" in out
+    assert "00000-00001.tar is missing" in out
 
 
 def test_inspect_prints_counts_and_documents(output, capsys):

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 FOREIGN = ("titans_pretrain", "data_prep", "sentencepiece", "deepspeed", "datasets")
-GREEDY = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+NEW = 12
+GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 TEXTS = ["Ba", "Hello ba be bi bo bu", "ke ki ko ku ka", "x" * 9]
 
 
@@ -36,9 +37,9 @@ def check(directory: Path, results: Path) -> dict[str, object]:
 
     cached, uncached = (model.generate(ids, use_cache=use, **GREEDY) for use in (True, False))
     batch = tokenizer(TEXTS, return_tensors="pt", padding=True)
-    together = model.generate(**batch, **GREEDY)[:, -20:]
+    together = model.generate(**batch, **GREEDY)[:, -NEW:]
     alone = [
-        model.generate(**tokenizer(text, return_tensors="pt"), **GREEDY)[0, -20:] for text in TEXTS
+        model.generate(**tokenizer(text, return_tensors="pt"), **GREEDY)[0, -NEW:] for text in TEXTS
     ]
     return {
         "importable": [name for name in FOREIGN if importlib.util.find_spec(name)],

@@ -1,3 +1,6 @@
+import contextlib
+import io
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -5,7 +8,7 @@ import pytest
 from tiny_run import make_run
 from transformers import dynamic_module_utils
 
-from titans_pretrain.export import huggingface
+from titans_pretrain.export import huggingface, reload, verification
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -29,6 +32,24 @@ def exported(run, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("export") / "model"
     huggingface.export(run, out)
     return out
+
+
+@pytest.fixture
+def proven_here(monkeypatch) -> None:
+    """The proof in this process, as loading torch into another one takes seconds.
+
+    Only that nothing of the project is needed is not shown; the fixture ``exported`` shows it.
+    """
+
+    def run(room, directory):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            reload.main(str(room / "request.json"))
+        return printed.getvalue()
+
+    monkeypatch.setattr(verification, "_run", run)
+    monkeypatch.setattr(verification, "PROJECT", "no project")
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
+import ast
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,38 @@ from tokenizer_models import train
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.export import huggingface, weights
+from titans_pretrain.model import modeling_titans
+
+CODE = Path(modeling_titans.__file__).parent
+ENTRANCES = {"configuration_titans", "modeling_titans"}
+
+
+def _relative_imports(module):
+    """Sibling modules that a module of the model imports anywhere in its text."""
+    nodes = ast.walk(ast.parse((CODE / f"{module}.py").read_text()))
+    found = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
+    assert all(node.level == 1 and node.module for node in found), module
+    return {node.module for node in found}
+
+
+def _needed_modules():
+    known, waiting = set(), set(ENTRANCES)
+    while waiting:
+        known |= waiting
+        waiting = set().union(*map(_relative_imports, waiting)) - known
+    return known
+
+
+def test_the_code_is_what_the_model_imports_directly_or_not_and_nothing_else(exported):
+    needed = _needed_modules()
+    assert {"fields", "memory", "mixers"} < needed
+    assert {path.stem for path in exported.rglob("*.py")} == needed
+    for module in needed:
+        assert (exported / f"{module}.py").read_bytes() == (CODE / f"{module}.py").read_bytes()
+
+
+def test_the_model_imports_every_module_itself_as_transformers_4_copies_no_others():
+    assert _relative_imports("modeling_titans") == _needed_modules() - {"modeling_titans"}
 
 
 def test_the_directory_holds_code_weights_tokenizer_and_card(exported):
@@ -60,7 +94,7 @@ def test_the_weights_are_the_checkpoints_without_the_tied_twin(exported):
         assert torch.equal(tensor, parameters[name]), name
 
 
-def test_untied_bfloat16_in_several_files_is_proven_too(tmp_path):
+def test_untied_bfloat16_in_several_files_is_proven_too(tmp_path, proven_here):
     run = make_run(tmp_path / "run", tie_word_embeddings=False)
     out = tmp_path / "out"
     huggingface.export(run, out, dtype="bfloat16", max_shard_size="30KB")
@@ -162,17 +196,24 @@ def _other_tokenizer(monkeypatch):
 SABOTAGES = {
     "its logits differ": _bad_weights,
     r"missing keys: model\.norm\.weight": _missing_weight,
-    "does not load: .*titans_pretrain": _code_of_the_project,
     "encodes .* differently": _other_tokenizer,
 }
 
 
 @pytest.mark.parametrize("message", SABOTAGES)
 def test_an_export_that_is_not_the_trained_model_leaves_nothing(
-    message, run, tmp_path, monkeypatch
+    message, run, tmp_path, monkeypatch, proven_here
 ):
     SABOTAGES[message](monkeypatch)
     with pytest.raises(TitansError, match=message) as caught:
+        huggingface.export(run, tmp_path / "out")
+    assert caught.value.exit_code == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_that_uses_the_project_does_not_load_in_the_clean_process(run, tmp_path, monkeypatch):
+    _code_of_the_project(monkeypatch)
+    with pytest.raises(TitansError, match=r"does not load: .*titans_pretrain") as caught:
         huggingface.export(run, tmp_path / "out")
     assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []

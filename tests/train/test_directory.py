@@ -10,7 +10,7 @@ from titans_pretrain.train.directory import RunDirectory, changes, write_first
 def resolved(directory, **sections):
     base = {
         "model": {},
-        "data": {"manifest": "m", "sequence_length": 8},
+        "data": {"manifest": "/m", "sequence_length": 8},
         "train": {"steps": 4, "global_batch_size": 1, "learning_rate": 1.0},
         "run": {"directory": str(directory)},
     }
@@ -58,8 +58,8 @@ def test_resuming_nothing_says_so(tmp_path):
     ("section", "key"),
     [
         ({"model": {"hidden_size": 96}}, "model.hidden_size"),
-        ({"data": {"manifest": "m", "sequence_length": 16}}, "data.sequence_length"),
-        ({"data": {"manifest": "m", "sequence_length": 8, "seed": 1}}, "data.seed"),
+        ({"data": {"manifest": "/m", "sequence_length": 16}}, "data.sequence_length"),
+        ({"data": {"manifest": "/m", "sequence_length": 8, "seed": 1}}, "data.seed"),
     ],
 )
 def test_what_the_model_or_the_data_order_depends_on_cannot_change(begun, section, key):

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from conftest import end
+from run_command import end
 
 
 def test_torchrun_s_ranks_are_taken(make_run):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import end
+from run_command import end
 
 from titans_pretrain.checkpoint.load import read_tensors
 

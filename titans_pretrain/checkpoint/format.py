@@ -5,6 +5,7 @@ A checkpoint is a directory ``step-N``: ``rank-R.safetensors`` (what rank R held
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ STATE = "state.json"
 TENSORS = "tensors.json"
 LATEST = "latest"
 RESERVED = frozenset({STATE, TENSORS, manifest.NAME})
+log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 
 
@@ -40,10 +42,15 @@ def verify(path: Path, *, contents: bool = True) -> list[str]:
 
     Args:
         path: a ``step-N`` directory.
-        contents: compare every file's sha256; else only presence and sizes.
+        contents: compare every file's sha256 and look into the index; else only presence and sizes.
+
+    Raises:
+        Unreadable: it cannot be told, as a file cannot be read now.
     """
     try:
         facts = manifest.read(path)
+    except manifest.Unreadable:
+        raise
     except TitansError as error:
         return [error.what]
     if facts.get("format") != FORMAT:
@@ -51,7 +58,61 @@ def verify(path: Path, *, contents: bool = True) -> list[str]:
     match = _STEP.fullmatch(path.name)
     if match and int(match[1]) != facts.get("step"):
         return [f"{manifest.NAME} is that of step {facts.get('step')}"]
-    return manifest.problems(path, contents=contents)
+    problems = manifest.problems(path, contents=contents)
+    if contents and not problems:
+        try:
+            read_index(path)
+        except manifest.Unreadable:
+            raise
+        except TitansError as error:
+            return [error.what]
+    return problems
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """The JSON index of a checkpoint's boxes; it names only files that the manifest covers.
+
+    Raises:
+        TitansError: it is missing, damaged, of another format, or leads out of the checkpoint.
+        Unreadable: it cannot be read now.
+    """
+    covered = {entry["name"] for entry in manifest.read(path)["files"]}
+    place = path / TENSORS
+    try:
+        index: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        problem = _index_problem(index, covered)
+    except FileNotFoundError:
+        problem = "is missing"
+    except OSError as error:
+        raise manifest.unreadable(place, error) from None
+    except (ValueError, RecursionError) as error:
+        problem = f"cannot be read: {error}"
+    except (AttributeError, KeyError, TypeError):
+        problem = "is no index"
+    if problem:
+        raise TitansError(
+            f"{TENSORS} {problem}",
+            where=str(place),
+            fix="titans checkpoint verify RUN tells which checkpoints are good",
+        )
+    return index
+
+
+def _index_problem(index: dict[str, Any], covered: set[str]) -> str:
+    """What is wrong with the index; KeyError and the like if it is none."""
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        return f"is not of format {FORMAT!r}"
+    files = index["files"]
+    if outside := [name for name in files if not manifest.is_plain(name) or name not in covered]:
+        return f"names a file that {manifest.NAME} does not cover: {outside[0]!r}"
+    for name, entry in index["tensors"].items():
+        numbers = [number for box in entry["boxes"] for number in box] + entry["shape"]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            return f"has a number that is none in {name}"
+        for file, *numbers in entry["boxes"]:
+            if file >= len(files) or len(numbers) != 2 * len(entry["shape"]):
+                return f"has a box that is none in {name}"
+    return ""
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
@@ -61,15 +122,29 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
 
     Returns:
         The checkpoint, or None if there is none; and a sentence about each newer one skipped.
+
+    Raises:
+        Unreadable: a newer one cannot be read now; going back might lose a good one's work.
     """
     skipped: list[str] = []
     for step in reversed(steps(root)):
         path = root / step_name(step)
-        problems = verify(path)
+        try:
+            problems = verify(path)
+        except manifest.Unreadable as error:
+            raise _newer_unreadable(path, error) from None
         if not problems:
             return path, skipped
         skipped.append(f"{path} is damaged and was skipped: {'; '.join(problems)}")
     return None, skipped
+
+
+def _newer_unreadable(path: Path, error: manifest.Unreadable) -> manifest.Unreadable:
+    return manifest.Unreadable(
+        f"the newest checkpoint cannot be judged: {error.what}",
+        where=error.where,
+        fix=f"mend that (permissions, file system); or move {path} away to go on from an older one",
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +156,7 @@ class Summary:
         path: its directory.
         bytes: size of all its files.
         tensors: number of logical tensors.
-        problem: what is plainly wrong (files missing or cut); empty if nothing.
+        problem: what is plainly wrong (files missing, cut or unreadable); empty if nothing.
         latest: whether ``latest`` names it.
     """
 
@@ -105,9 +180,12 @@ def summaries(root: Path) -> list[Summary]:
 def resolve(path: Path) -> Path:
     """The good checkpoint that ``path`` means: itself, or the newest of a run's directory.
 
+    Damaged newer ones that are passed over are warned about.
+
     Raises:
         UserError: there is no such directory or no checkpoint in it.
         TitansError: what is there is damaged.
+        Unreadable: what is there, or a newer one, cannot be read now.
     """
     if not path.is_dir():
         raise UserError(
@@ -132,6 +210,8 @@ def resolve(path: Path) -> Path:
         raise UserError(
             f"{path} holds no checkpoint", where=str(root), fix="give RUN or RUN/checkpoints/step-N"
         )
+    for sentence in skipped:
+        log.warning("%s", sentence)
     return found
 
 
@@ -171,11 +251,14 @@ def _check_json(value: Any, where: str) -> None:
 
 def _summary(root: Path, step: int, latest: str) -> Summary:
     path = root / step_name(step)
-    problems = verify(path, contents=False)
+    facts: dict[str, Any] = {"files": [], "tensors": {}}
     try:
+        problems = verify(path, contents=False)
         facts = manifest.read(path)
+    except manifest.Unreadable as error:
+        problems = [error.what]
     except TitansError:
-        facts = {"files": [], "tensors": {}}
+        pass
     return Summary(
         step=step,
         path=path,

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from titans_pretrain.checkpoint import agreement
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint.planner import ShardLoadPlanner
-from titans_pretrain.checkpoint.storage import ShardReader, box_key, read_index
+from titans_pretrain.checkpoint.storage import ShardReader, box_key
 from titans_pretrain.checkpoint.tensor_file import DTYPES, open_file, read_part
 from titans_pretrain.errors import TitansError
 from titans_pretrain.parallel import devices
@@ -42,7 +42,9 @@ def load(path: Path, shards: Sequence[FlatShard]) -> dict[str, Any]:
     doing = f"loading {path}"
     wanted = agreement.on_all(doing, lambda: [shard.name for shard in shards if prod(shard.shape)])
     names = {name for rank in wanted for name in rank}
-    agreement.on_all(doing, lambda: _check(read_index(path)["tensors"], names, shards), fix=_FIX)
+    agreement.on_all(
+        doing, lambda: _check(layout.read_index(path)["tensors"], names, shards), fix=_FIX
+    )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -63,13 +65,13 @@ def read_tensors(path: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     Yields:
         Full name and tensor, on the CPU, in the dtype it was saved in.
     """
-    names = sorted(name for name in read_index(path)["tensors"] if name.startswith(prefix))
+    names = sorted(name for name in layout.read_index(path)["tensors"] if name.startswith(prefix))
     yield from zip(names, read_named(path, names), strict=True)
 
 
 def read_named(path: Path, names: Iterable[str]) -> Iterator[torch.Tensor]:
     """Like ``read_tensors``, for exactly these names in this order."""
-    index = read_index(path)
+    index = layout.read_index(path)
     for name in names:
         yield _assemble(path, index["files"], name, index["tensors"][name])
 

@@ -15,6 +15,11 @@ from titans_pretrain.files import atomic_file, sha256_file, write_json
 NAME = "manifest.json"
 _SELF = "manifest_sha256"
 _PARALLEL_READS = 8
+_ABSENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+
+
+class Unreadable(TitansError):
+    """A file may be good or damaged: the system does not let us read it now."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class FileRecord:
     """What a file must be.
 
     Attributes:
-        name: path relative to the manifest's directory.
+        name: its plain name in the manifest's directory.
         bytes: its size.
         sha256: hex digest of its contents.
     """
@@ -63,24 +68,42 @@ def read(directory: Path) -> dict[str, Any]:
     """The manifest of ``directory``.
 
     Raises:
-        TitansError: it is missing, unreadable or damaged.
+        TitansError: it is missing or damaged.
+        Unreadable: it cannot be read now.
     """
     path = directory / NAME
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         whole = isinstance(value, dict) and value.pop(_SELF, None) == _digest(value)
-    except FileNotFoundError:
+    except _ABSENT:
         raise TitansError(f"{NAME} is missing", where=str(directory)) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, RecursionError) as error:
         raise TitansError(f"{NAME} cannot be read: {error}", where=str(path)) from None
     if not whole:
         raise TitansError(f"{NAME} does not match its own checksum", where=str(path))
     try:
-        for entry in value["files"]:
-            FileRecord(**entry)
+        plain = all(is_plain(FileRecord(**entry).name) for entry in value["files"])
     except (KeyError, TypeError):
+        plain = False
+    if not plain:
         raise TitansError(f"{NAME} is no manifest", where=str(path)) from None
     return value
+
+
+def unreadable(path: Path, error: OSError) -> Unreadable:
+    """The error of a file that the system did not let us read."""
+    return Unreadable(
+        f"{path.name} cannot be read: {error.strerror or error}",
+        where=str(path),
+        fix="mend that (permissions, file system) and try again; the file may be good",
+    )
+
+
+def is_plain(name: object) -> bool:
+    """Whether ``name`` can only mean a file in the directory itself."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"}
 
 
 def problems(directory: Path, *, contents: bool = True) -> list[str]:
@@ -89,9 +112,14 @@ def problems(directory: Path, *, contents: bool = True) -> list[str]:
     Args:
         directory: the directory to check.
         contents: also read every byte; else only presence and sizes are looked at.
+
+    Raises:
+        Unreadable: what differs cannot be told, as a file cannot be read now.
     """
     try:
         records = [FileRecord(**entry) for entry in read(directory)["files"]]
+    except Unreadable:
+        raise
     except TitansError as error:
         return [error.what]
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
@@ -107,10 +135,10 @@ def _problem(directory: Path, record: FileRecord, contents: bool) -> str:
             return f"{record.name} has {size} bytes instead of {record.bytes}"
         if contents and sha256_file(path) != record.sha256:
             return f"{record.name} differs from its checksum"
-    except FileNotFoundError:
+    except _ABSENT:
         return f"{record.name} is missing"
     except OSError as error:
-        return f"{record.name} cannot be read: {error.strerror}"
+        raise unreadable(path, error) from None
     return ""
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from titans_pretrain.checkpoint import format as layout
+from titans_pretrain.checkpoint import manifest
 from titans_pretrain.files import TEMPORARY_SUFFIX
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,8 @@ def remove_leftovers(root: Path) -> list[str]:
 def prune(root: Path, step: int, keep: int) -> list[int]:
     """Delete checkpoints older than the newest ``keep`` whole ones up to ``step``.
 
-    Checkpoints that lack files or are cut do not count as kept. One that cannot be deleted is
-    logged and stays.
+    Checkpoints that lack files, are cut or cannot be read do not count as kept. One that cannot be
+    read or deleted is logged and stays.
 
     Args:
         root: directory of the run's checkpoints.
@@ -42,14 +43,20 @@ def prune(root: Path, step: int, keep: int) -> list[int]:
         The steps deleted.
     """
     earlier = [number for number in layout.steps(root) if number <= step]
-    whole = [
-        number
-        for number in earlier
-        if not layout.verify(root / layout.step_name(number), contents=False)
-    ]
+    problems = {number: _problems(root / layout.step_name(number)) for number in earlier}
+    whole = [number for number in earlier if problems[number] == []]
     oldest_kept = min([step, *whole[-keep:]])
-    doomed = [number for number in earlier if number < oldest_kept]
+    doomed = [n for n in earlier if n < oldest_kept and problems[n] is not None]
     return [number for number in doomed if _delete(root / layout.step_name(number))]
+
+
+def _problems(path: Path) -> list[str] | None:
+    """What is plainly wrong; None, and a warning, if that cannot be told."""
+    try:
+        return layout.verify(path, contents=False)
+    except manifest.Unreadable as error:
+        log.warning("the checkpoint %s stays, it cannot be judged: %s", path, error.what)
+        return None
 
 
 def _delete(path: Path) -> bool:

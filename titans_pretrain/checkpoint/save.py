@@ -54,7 +54,8 @@ def save(
 
     Raises:
         TitansError: on all ranks alike, naming rank, file and cause; nothing is left of the
-            attempt. Also if a good checkpoint of that step is there already.
+            attempt. Also if a checkpoint of that step is there already that is good, or that
+            cannot be read now.
     """
     target = root / layout.step_name(step)
     temporary = root / f".{target.name}{TEMPORARY_SUFFIX}"

@@ -28,7 +28,6 @@ from torch.futures import Future
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint import tensor_file
 from titans_pretrain.checkpoint.manifest import FileRecord, write_file
-from titans_pretrain.errors import TitansError
 
 
 class ShardWriter(StorageWriter):
@@ -105,7 +104,7 @@ class ShardReader(StorageReader):
 
     def read_metadata(self) -> Metadata:  # type: ignore[override]
         """The index of all boxes; every rank reads the one index."""
-        return decode(read_index(self.directory))
+        return decode(layout.read_index(self.directory))
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -183,26 +182,6 @@ def decode(index: Mapping[str, Any]) -> Metadata:
         properties = TensorProperties(dtype=tensor_file.DTYPES[entry["dtype"]])
         entries[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
     return Metadata(entries, storage_data=places)
-
-
-def read_index(directory: Path) -> dict[str, Any]:
-    """The JSON index of a checkpoint's boxes.
-
-    Raises:
-        TitansError: it is missing, unreadable or of another format.
-    """
-    path = directory / layout.TENSORS
-    try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TitansError(
-            f"cannot read the checkpoint's index: {error}",
-            where=str(path),
-            fix="titans checkpoint verify RUN tells which checkpoints are good",
-        ) from None
-    if not isinstance(index, dict) or index.get("format") != layout.FORMAT:
-        raise TitansError(f"the index is not of format {layout.FORMAT!r}", where=str(path))
-    return index
 
 
 def box_key(name: str, offsets: Iterable[int]) -> str:

@@ -72,13 +72,8 @@ class SequenceLoader:
     ) -> None:
         self._shards, self._length, self._seed = shards, sequence_length, seed
         self._schedule = sorted(length_schedule, key=lambda stage: stage.from_step)
-        ends = np.cumsum([0, *shards.lengths])
-        held_out = round(shards.tokens * validation_fraction)
-        boundary = shards.tokens - held_out
-        cuts = np.clip(boundary - ends[:-1], 0, np.diff(ends))
-        self._training = _Spans(np.zeros_like(cuts), cuts, sequence_length)
-        self._validation = _Spans(cuts, np.diff(ends), sequence_length)
-        self._check(validation_fraction, held_out)
+        self._training, self._validation = self._split(validation_fraction)
+        self._check(validation_fraction)
         self.tokens_per_epoch = self._training.count * sequence_length
 
     def length_at(self, step: int) -> int:
@@ -148,6 +143,17 @@ class SequenceLoader:
                 batch = Batch(batch.tokens, mask & torch.from_numpy(real)[:, None])
             yield batch
 
+    def _split(self, validation_fraction: float) -> "tuple[_Spans, _Spans]":
+        """Training and held-out spans."""
+        lengths = np.array(self._shards.lengths, np.int64)
+        boundary = self._shards.tokens - self._held_out(validation_fraction)
+        cuts = np.clip(boundary - (np.cumsum(lengths) - lengths), 0, lengths)
+        training = _Spans(np.zeros_like(cuts), cuts, self._length)
+        return training, _Spans(cuts, lengths, self._length)
+
+    def _held_out(self, validation_fraction: float) -> int:
+        return round(self._shards.tokens * validation_fraction)
+
     def _order(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Training spans at places of the endless order, epoch after epoch."""
         count = self._training.count
@@ -174,31 +180,38 @@ class SequenceLoader:
             torch.from_numpy(np.stack(spans)).unfold(1, length + 1, length).reshape(-1, length + 1)
         )
 
-    def _check(self, validation_fraction: float, held_out: int) -> None:
+    def _check(self, validation_fraction: float) -> None:
+        held_out = self._held_out(validation_fraction)
         if not self._training.count:
             raise UserError(
                 f"no shard holds a sequence of {self._length} tokens; the longest has "
                 f"{max(self._shards.lengths)}"
                 + (f", and {held_out} tokens are held out" if held_out else ""),
                 where="data.sequence_length",
-                fix="use shorter sequences, or prepare the data with larger --shard-bytes",
+                fix="use shorter sequences, "
+                + ("hold out less, " if held_out else "")
+                + "or prepare the data with larger --shard-bytes",
             )
         if validation_fraction > 0 and not self._validation.count:
             raise UserError(
                 f"a validation_fraction of {validation_fraction} holds out {held_out} tokens, no "
                 f"sequence of {self._length}",
                 where="data.validation_fraction",
-                fix=f"use {self._smallest_fraction()} or more, or 0",
+                fix=self._other_fraction(),
             )
 
-    def _smallest_fraction(self) -> float:
-        """What holds out the last span that a shard can hold, rounded up to four digits."""
-        after = 0
+    def _other_fraction(self) -> str:
+        """The smallest fraction that holds out a sequence and leaves one, in few digits."""
+        tokens = self._length + 1
         for length in reversed(self._shards.lengths):
             if length > self._length:
                 break
-            after += length
-        return math.ceil((after + self._length + 1) / self._shards.tokens * 1e4) / 1e4
+            tokens += length
+        for digits in range(4, 16):
+            fraction = math.ceil(tokens / self._shards.tokens * 10**digits) / 10**digits
+            if all(spans.count for spans in self._split(fraction)):
+                return f"use {fraction:.{digits}f}, or 0"
+        return "use 0, shorter sequences, or more data"
 
 
 class _Spans:

@@ -70,21 +70,27 @@ def _reload(
             "threads": torch.get_num_threads(),
         }
         (room / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        # -I and -S: no variables, no current directory, no .pth file that would bring the project.
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", reload.__file__, str(room / "request.json")],
-            cwd=room,
-            env=_environment(room),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            told = done.stderr.strip().splitlines()[-_SHOWN_LINES:]
-            raise _error(f"it does not load: {' | '.join(told)}", directory)
-        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        printed = _run(room, directory)
+        report: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return report, load_file(room / "logits.safetensors")["logits"]
+
+
+def _run(room: Path, directory: Path) -> str:
+    """What the clean process printed."""
+    # -I and -S: no variables, no current directory, no .pth file that would bring the project.
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", reload.__file__, str(room / "request.json")],
+        cwd=room,
+        env=_environment(room),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        told = done.stderr.strip().splitlines()[-_SHOWN_LINES:]
+        raise _error(f"it does not load: {' | '.join(told)}", directory)
+    return done.stdout
 
 
 def _environment(room: Path) -> dict[str, str]:

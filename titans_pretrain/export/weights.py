@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from titans_pretrain.checkpoint import tensor_file
+from titans_pretrain.checkpoint.format import read_index
 from titans_pretrain.checkpoint.load import read_named, read_tensors
 from titans_pretrain.checkpoint.manifest import FileRecord, record_file
-from titans_pretrain.checkpoint.storage import read_index
 from titans_pretrain.checkpoint.tensor_file import ALIGNMENT, Entry
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.files import write_json
