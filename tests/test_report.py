@@ -127,3 +127,11 @@ def test_smoothing_a_long_run_takes_no_square_of_its_length():
     middles, means = report._smooth(Counted([1.0] * 100_000))
     assert len(middles) == len(means) == 2000
     assert Counted.taken < 50 * 100_000
+
+
+def test_a_run_is_called_by_its_own_name(make_run):
+    run = make_run("directory")
+    (run / "config.yaml").write_text("run: {name: given}\n")
+    assert report.read_run(run).name == "given"
+    (run / "config.yaml").write_text("run: {name: ''}\n")
+    assert report.read_run(run).name == "directory"

@@ -93,7 +93,7 @@ def read_run(directory: Path) -> Run:
         )
     speeds = sorted(row["tokens_per_second"] for row in train if row.get("tokens_per_second"))
     return Run(
-        name=directory.resolve().name,
+        name=_name(directory),
         train=[(row["step"], row["loss"]) for row in train],
         validation=[(r["step"], r["validation_loss"]) for r in rows if "validation_loss" in r],
         tokens=train[-1].get("tokens", 0),
@@ -139,6 +139,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _number(value: Any) -> bool:
     whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return whole or isinstance(value, float)
+
+
+def _name(directory: Path) -> str:
+    """The run's own name, its directory's where it has none."""
+    try:
+        config = yaml.safe_load((directory / "config.yaml").read_text())
+        return str(config["run"]["name"] or directory.resolve().name)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return directory.resolve().name
 
 
 def _unigram_entropy(directory: Path) -> float | None:
