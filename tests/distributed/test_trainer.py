@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 
 from titans_pretrain import cli, config
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import StoppedEarly, TitansError, UserError
 from titans_pretrain.parallel import devices, mesh
 from titans_pretrain.train.directory import RunDirectory
 from titans_pretrain.train.signals import StopRequest
@@ -157,3 +157,53 @@ def validate_to_nan(settings):
 def test_a_validation_loss_that_is_not_finite_names_the_rank_and_is_not_saved(manifest, tmp_path):
     settings = configuration(manifest, tmp_path, "transformer")
     assert run_ranks(validate_to_nan, 2, settings) == [True, True]
+
+
+def train_on_an_infinite_gradient(settings):
+    trainer = build(settings)
+    backward = trainer._engine.backward
+
+    def broken(loss):
+        backward(loss * float("inf") if devices.rank() == 1 else loss)
+
+    trainer._engine.backward = broken
+    with pytest.raises(TitansError, match="gradient norm is not finite at step 1") as caught:
+        trainer.run()
+    assert caught.value.where == "all ranks; data position 0"
+    return not list(Path(settings.run.directory).glob("checkpoints/step-*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_is_not_saved(manifest, tmp_path):
+    settings = configuration(manifest, tmp_path, "transformer")
+    assert run_ranks(train_on_an_infinite_gradient, 2, settings) == [True, True]
+
+
+def stop_in_a_validation(settings):
+    trainer = build(settings)
+    batches = trainer._data.loader.validation_batches
+    taken = []
+
+    def asked(**place):
+        for batch in batches(**place):
+            taken.append(1)
+            trainer._stop.name = "SIGTERM" if devices.rank() == 1 else None
+            yield batch
+
+    trainer._data.loader.validation_batches = asked
+    with pytest.raises(StoppedEarly):
+        trainer.run()
+    saved = sorted(path.name for path in Path(settings.run.directory).glob("checkpoints/step-*"))
+    return len(taken), saved
+
+
+def test_a_signal_ends_a_validation_between_batches_and_saves(manifest, tmp_path):
+    settings = configuration(manifest, tmp_path, "transformer", validation_sequences=0)
+    for taken, saved in run_ranks(stop_in_a_validation, 2, settings):
+        assert taken == 1
+        assert saved == ["step-2"]
+
+
+def test_a_step_larger_than_the_data_is_refused_before_the_run_begins(manifest, tmp_path):
+    settings = configuration(manifest, tmp_path, "transformer", global_batch_size=4000)
+    with pytest.raises(UserError, match="a step takes 4000 sequences"):
+        open_data(settings)

@@ -228,6 +228,27 @@ def test_a_step_without_effect_is_found():
     run_ranks(train_with_a_step_that_does_nothing, 2, settings())
 
 
+def train_at_a_rate_below_the_spacing_of_the_weights(train):
+    engine, grid = engine_for(train)
+    engine_step(engine, grid, train, 0)
+
+
+def test_a_rate_too_small_to_see_is_no_fault():
+    train = settings(learning_rate=1e-9)
+    run_ranks(train_at_a_rate_below_the_spacing_of_the_weights, 2, train)
+
+
+def hooks_after_a_restore(train):
+    engine, _ = engine_for(train)
+    before = engine._probe._hook
+    engine.restore(3)
+    return before.id in (before.hooks_dict_ref() or {})
+
+
+def test_a_restore_leaves_no_hook_of_the_probe_before():
+    assert run_ranks(hooks_after_a_restore, 1, settings()) == [False]
+
+
 def train_on_one_infinite_gradient(train):
     engine, grid = engine_for(train)
     engine_step(engine, grid, train, 0)

@@ -108,6 +108,16 @@ class SequenceLoader:
                 where="data.sequence_length",
                 fix="resume with the sequence length that the run began with",
             )
+        self.check_step(sequences)
+        own = _share(sequences, rank, ranks)
+        return self._rows(self._training, self._order(first + own), self.length_at(step))
+
+    def check_step(self, sequences: int) -> None:
+        """Refuse a step of more sequences than an epoch holds.
+
+        Raises:
+            UserError: with the most that a step can take.
+        """
         if sequences > self._training.count:
             raise UserError(
                 f"a step takes {sequences} sequences, the data holds {self._training.count} of "
@@ -115,8 +125,6 @@ class SequenceLoader:
                 where="train.global_batch_size",
                 fix=f"use at most {self._training.count}, shorter sequences, or more data",
             )
-        own = _share(sequences, rank, ranks)
-        return self._rows(self._training, self._order(first + own), self.length_at(step))
 
     def validation_batches(
         self, *, sequences: int, limit: int, rank: int, ranks: int

@@ -190,7 +190,7 @@ class ZeroEngine:
         self._data_rank, self._data_ranks = mesh.coordinates(devices.rank())[1], mesh.data
         self._check_groups(unit.get_data_parallel_group_ranks())
         self._create_moments()
-        self._probe = _FirstStepProbe(self)
+        self._probe = _FirstStepProbe(self, fresh=True)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Logits (batch, time, vocabulary) of token ids (batch, time)."""
@@ -257,7 +257,9 @@ class ZeroEngine:
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         if self._zero.persistent_parameters:
             self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
-        self._probe = _FirstStepProbe(self)
+        if self._probe:
+            self._probe.remove()
+        self._probe = _FirstStepProbe(self, fresh=step == 0)
 
     def _shard(self, prefix: str, name: str) -> FlatShard:
         parameter = self._parameters[name]
@@ -293,11 +295,11 @@ class _FirstStepProbe:
     """Follows one parameter through the first step of the real engine.
 
     Its reduced gradient must be the mean of the ranks' own gradients, taken by a hook and reduced
-    by hand, and the step must change it.
+    by hand, and the step must take it into Adam's moments and, where it can be seen, change it.
     """
 
-    def __init__(self, engine: ZeroEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: ZeroEngine, *, fresh: bool) -> None:
+        self._engine, self._fresh = engine, fresh
         names = sorted(engine._parameters, key=lambda name: engine._parameters[name].ds_numel)
         vectors = [name for name in names if len(engine._parameters[name].ds_shape) == 1]
         self._name = (vectors or names)[0]
@@ -306,14 +308,18 @@ class _FirstStepProbe:
             tuple(parameter.ds_shape), dtype=torch.float32, device=engine._device
         )
         self._before = engine._shard("parameters", self._name).tensor.clone()
+        self._moment = engine._shard("exp_avg", self._name).tensor.clone()
         self._moved = 0.0
         self._hook = parameter.register_hook(self._add_own)
 
     def _add_own(self, gradient: torch.Tensor) -> None:
         self._own += gradient.float()
 
-    def check_gradient(self) -> None:
+    def remove(self) -> None:
         self._hook.remove()
+
+    def check_gradient(self) -> None:
+        self.remove()
         engine = self._engine
         parameter = engine._parameters[self._name]
         dist.all_reduce(self._own, group=parameter.ds_process_group)
@@ -332,14 +338,26 @@ class _FirstStepProbe:
             )
 
     def check_update(self, learning_rate: float) -> None:
-        after = self._engine._shard("parameters", self._name).tensor
-        changed = any(devices.gather_objects(bool((after != self._before).any())))
-        if self._moved > 0 and learning_rate > 0 and not changed:
+        engine = self._engine
+        weights = engine._shard("parameters", self._name).tensor
+        moment = engine._shard("exp_avg", self._name).tensor
+        changed = bool((weights != self._before).any())
+        taken = bool((moment != self._moment).any())
+        found = devices.gather_objects((changed, taken, self._is_visible(learning_rate)))
+        changed, taken, visible = (any(column) for column in zip(*found, strict=True))
+        if self._moved > 0 and (not taken or (visible and not changed)):
             raise TitansError(
                 f"the optimizer step did not change {self._name} though it has a gradient",
                 where="check of the first step",
-                fix="raise train.learning_rate if it is below the precision of the weights",
+                fix="use the deepspeed version in pyproject.toml; nothing was saved",
             )
+
+    def _is_visible(self, learning_rate: float) -> bool:
+        """Whether Adam's first update, about the learning rate, exceeds the weights' spacing."""
+        largest = float(self._before.abs().max()) if self._before.numel() else 0.0
+        spacing = torch.finfo(torch.float32).eps * largest
+        epsilon = self._engine._zero.optimizer.param_groups[0]["eps"]
+        return self._fresh and learning_rate > 8 * spacing and self._moved > 1e3 * epsilon
 
 
 def _gather_by_block(model: nn.Module) -> None:

@@ -59,6 +59,7 @@ def open_data(config: RunConfig) -> Data:
         validation_fraction=data.validation_fraction,
         length_schedule=data.length_schedule,
     )
+    loader.check_step(config.train.global_batch_size)
     return Data(shards, loader)
 
 
@@ -117,13 +118,15 @@ class Trainer:
             row, stop = self._train_step()
             records.step(row)
             last = self._step == train.steps
-            if last or _due(self._step, train.validation_every):
-                records.validation(self._step, self._validate())
+            if last or (not stop and _due(self._step, train.validation_every)):
+                loss, stop = self._validate(stoppable=not last)
+                records.validation(self._step, loss)
             if last or stop or _due(self._step, every):
                 records.sync()
                 path = self._save()
             if stop and not last:
                 records.close()
+                devices.gather_objects(None)  # a rank that left first would have the others killed
                 raise StoppedEarly(
                     f"stopped by a signal after step {self._step} of {train.steps}",
                     where=str(path),
@@ -147,8 +150,7 @@ class Trainer:
             summed = self._summed_loss(tokens, mask)
             self._engine.backward(rank_loss(summed, valid, self._mesh.data))
             own += summed.detach()
-        sums = torch.tensor([own.item(), self._stop.name is not None], dtype=torch.float64)
-        total, stops = devices.all_sum(sums.clone()).tolist()
+        total = devices.all_sum(own.cpu().clone()).item()
         place = guard.Place(step + 1, self._position)
         guard.check_loss(total, own.item(), place)
         rate = schedule.learning_rate(step, train)
@@ -166,7 +168,12 @@ class Trainer:
             "tokens_per_second": tokens_per_step / seconds,
             "seconds": seconds,
         }
-        return row, stops > 0
+        return row, self._stop_agreed()
+
+    def _stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on all ranks."""
+        asked = torch.tensor(float(self._stop.name is not None))
+        return devices.all_sum(asked).item() > 0
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """The rows of one forward pass after another, on the device; equally many tokens each."""
@@ -203,11 +210,15 @@ class Trainer:
             )
 
     @torch.no_grad()
-    def _validate(self) -> float | None:
-        """Mean loss of the held-out targets; None where none are held out."""
+    def _validate(self, *, stoppable: bool) -> tuple[float | None, bool]:
+        """Mean loss of the held-out targets, None where there is none; and whether to stop.
+
+        Where it is ``stoppable`` it gives up between batches for a signal: the time that is left
+        is for the checkpoint.
+        """
         train, sums = self._config.train, torch.zeros(2, dtype=torch.float64)
         if not self._config.data.validation_fraction:
-            return None
+            return None, False
         self._engine.train(False)
         for batch in self._data.loader.validation_batches(
             sequences=train.micro_batch_size * self._mesh.data,
@@ -215,6 +226,9 @@ class Trainer:
             rank=self._data_rank,
             ranks=self._mesh.data,
         ):
+            if stoppable and self._stop_agreed():
+                self._engine.train()
+                return None, True
             for tokens, mask in self._micro_batches(batch):
                 count = tokens[:, 1:].numel() if mask is None else int(mask.sum())
                 loss = self._summed_loss(tokens, mask).item()
@@ -224,7 +238,7 @@ class Trainer:
         total, valid = devices.all_sum(sums).tolist()
         place = guard.Place(self._step, self._position)
         guard.check_loss(total, own, place, "validation loss")
-        return total / valid if valid else None
+        return total / valid if valid else None, False
 
     def _save(self) -> Path:
         return save(
