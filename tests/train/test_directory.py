@@ -19,10 +19,11 @@ def resolved(directory, **sections):
 
 @pytest.fixture
 def begun(tmp_path):
-    """The directory of a run that has begun."""
+    """The directory of a run that has done a step."""
     directory = RunDirectory(tmp_path / "run")
     directory.create()
     directory.begin(resolved(directory.path))
+    directory.metrics.write_text('{"step": 1}\n')
     return directory
 
 
@@ -40,6 +41,24 @@ def test_checkpoints_without_a_configuration_are_no_empty_directory(begun):
     with pytest.raises(UserError, match="cannot be read") as caught:
         begun.check(resolved(begun.path), resume=True)
     assert "newest checkpoint" in caught.value.fix
+
+
+@pytest.mark.parametrize("metrics", [None, "", '{"step": 1, "lo'])
+def test_a_start_that_failed_before_a_step_does_not_block_its_own_fix(begun, metrics):
+    begun.log(0).write_text("start of rank 0\n")
+    begun.metrics.unlink()
+    if metrics is not None:
+        begun.metrics.write_text(metrics)
+    changed = resolved(begun.path, model={"hidden_size": 96})
+    assert begun.check(changed, resume=False) == []
+    assert begun.check(changed, resume=True) == [f"nothing to resume in {begun.path}"]
+
+
+def test_a_checkpoint_without_metrics_is_a_run(begun):
+    begun.metrics.unlink()
+    (begun.checkpoints / "step-3").mkdir()
+    with pytest.raises(UserError, match="a run is here already"):
+        begun.check(resolved(begun.path), resume=False)
 
 
 def test_a_damaged_configuration_is_told(begun):
@@ -91,8 +110,12 @@ def test_two_processes_cannot_hold_one_run(begun):
 
 def test_a_new_start_forgets_the_last_failure(begun):
     begun.error.write_text("{}")
-    begun.begin(resolved(begun.path))
+    begun.forget_failure()
+    begun.forget_failure()
     assert not begun.error.exists()
+
+
+def test_the_configuration_is_written_as_resolved(begun):
     assert config.load(begun.config) == resolved(begun.path)
 
 

@@ -84,11 +84,12 @@ def test_a_run_moves_to_other_ranks_is_finished_once_and_never_started_twice(mak
     assert [row["step"] for row in one.rows()] == [1, 2, 2, 3, 3, 4, 4]
 
 
-def test_sigterm_saves_after_the_step_and_exits_75(make_run):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_stop_saves_after_the_step_and_exits_75(make_run, number):
     run = make_run(train={"steps": 10_000}, checkpoint={"every": 0})
     process = run.start("--ranks", "2")
     run.wait_for_step(2, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     code, _, complaints = end(process)
     assert code == 75
     last = run.rows()[-1]["step"]
@@ -110,6 +111,17 @@ def test_sigterm_during_the_start_exits_75_too(make_run, seconds):
     code, _, complaints = end(process)
     assert code == 75
     assert complaints.startswith("error: stopped by a signal")
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(make_run):
+    run = make_run(train={"steps": 3})
+    process = run.start("--ranks", "1")
+    process.stdout.readline()
+    process.stdout.close()
+    complaints = process.stderr.read()
+    assert (process.wait(timeout=120), complaints) == (0, "")
+    assert run.steps_saved() == [2, 3]
+    assert f"done: 3 steps in {run.directory}" in (run.directory / "logs/rank-0.log").read_text()
 
 
 def test_a_dead_rank_ends_the_others_within_seconds(make_run):

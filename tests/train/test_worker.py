@@ -1,6 +1,7 @@
 """What a rank reports when it fails."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_an_unexpected_failure_tells_its_rank_and_where_the_traceback_is(make_wo
     assert lines[first + 2].endswith("logs/rank-3.log")
 
 
+def test_an_unexpected_failure_without_a_log_tells_its_traceback_after_its_error(
+    make_worker, capsys
+):
+    assert make_worker(0, prepared=False).report(raised(RuntimeError("bad"))) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: RuntimeError: bad"
+    assert lines[2].startswith("Traceback")
+
+
 def test_running_out_of_gpu_memory_says_what_helps(make_worker, capsys):
     assert make_worker(0).report(raised(torch.OutOfMemoryError("CUDA"))) == 1
     assert "lower train.micro_batch_size" in capsys.readouterr().err
@@ -74,7 +84,7 @@ def test_the_user_s_mistake_has_no_traceback_and_exits_2(make_worker, capsys):
 def test_a_failure_told_by_another_rank_is_not_told_again(make_worker, tmp_path, capsys):
     error = OtherRankFailed(UserError("no file"), 0)
     assert make_worker(1, prepared=False).report(raised(error)) == 2
-    assert "error: no file\n" not in capsys.readouterr().err.partition("Traceback")[0]
+    assert capsys.readouterr().err == ""
     assert not (tmp_path / "error.json").exists()
 
 
@@ -89,3 +99,85 @@ def test_ranks_with_other_configurations_are_refused():
     worker._check_equal(["a", "a"])
     with pytest.raises(UserError, match="rank 1 has another configuration"):
         worker._check_equal(["a", "b"])
+
+
+def test_a_closed_terminal_is_dropped_and_the_log_goes_on(make_worker, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    made = make_worker(0)
+    with os.fdopen(writer, "w") as made._terminal:
+        made._tell("step 1")
+        made._tell("step 2")
+    assert capsys.readouterr().out == "step 1\nstep 2\n"
+
+
+def test_a_failure_is_reported_by_its_code_though_the_terminal_is_closed(make_worker, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    made = make_worker(0)
+    with os.fdopen(writer, "w") as made._complaints:
+        assert made.report(raised(UserError("no file"))) == 2
+    assert (tmp_path / "error.json").exists()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(make_worker, tmp_path):
+    made = make_worker(0)
+    made._directory.create()
+    made._directory.begin(made._config)
+    damaged = tmp_path / "checkpoints" / "step-3"
+    damaged.mkdir()
+    with pytest.raises(TitansError, match=r"no good checkpoint: .*step-3 is damaged") as caught:
+        made._open(resume=True)
+    assert caught.value.exit_code == 1
+    assert caught.value.where == str(damaged.parent)
+    damaged.rmdir()
+    made._lock.close()
+    notes, checkpoint = made._open(resume=True)
+    assert checkpoint is None
+    assert notes[-1] == "starting at step 0"
+
+
+@pytest.fixture
+def resumed(make_worker, tmp_path, monkeypatch):
+    """``resumed(step, trainer)``: runs a rank that goes on from ``step`` with that trainer."""
+
+    def run(step, trainer):
+        made = make_worker(0)
+        made._directory.create()
+        made._directory.config.write_text("before")
+        monkeypatch.setattr(worker, "open_data", lambda config: None)
+        monkeypatch.setattr(worker, "Trainer", lambda *arguments: trainer)
+        monkeypatch.setattr(made, "_open", lambda resume: ([], tmp_path / f"step-{step}"))
+        monkeypatch.setattr(made, "_redirect", lambda: None)
+        made.run(torch.device("cpu"), resume=True)
+
+    return run
+
+
+class RefusingTrainer:
+    def restore(self, path):
+        raise UserError("other data")
+
+
+class WillingTrainer:
+    def restore(self, path):
+        pass
+
+    def run(self):
+        pass
+
+
+def test_a_resume_that_is_refused_leaves_the_run_s_configuration(resumed, tmp_path):
+    with pytest.raises(UserError, match="other data"):
+        resumed(3, RefusingTrainer())
+    assert (tmp_path / "config.yaml").read_text() == "before"
+
+
+def test_a_finished_run_keeps_its_configuration(resumed, tmp_path):
+    resumed(4, WillingTrainer())
+    assert (tmp_path / "config.yaml").read_text() == "before"
+
+
+def test_a_resumed_run_writes_its_configuration(resumed, tmp_path):
+    resumed(3, WillingTrainer())
+    assert config.load(tmp_path / "config.yaml").train.steps == 4

@@ -26,19 +26,34 @@ RANK_VARIABLES = (
 def local_device() -> torch.device:
     """This rank's GPU by LOCAL_RANK, or the CPU where the machine has none.
 
+    A SLURM task that ``srun --gpus-per-task=1`` shows one GPU, its own, takes that one.
+
     Raises:
         UserError: more local ranks than GPUs.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank and gpus == 1 and _task_has_own_gpu():
+        return torch.device("cuda", 0)
     if local_rank >= gpus:
         raise UserError(
             f"local rank {local_rank} has no GPU: this host shows {gpus}",
             where=f"rank {os.environ.get('RANK', '0')} on {os.uname().nodename}",
-            fix=f"start at most {gpus} ranks on each host, or give them GPUs",
+            fix=f"start at most {gpus} ranks on each host, or give them GPUs: "
+            "srun --gpus-per-task=1, or --gpus-per-node",
         )
     return torch.device("cuda", local_rank)
+
+
+def _task_has_own_gpu() -> bool:
+    """Whether this rank is a SLURM task to which CUDA_VISIBLE_DEVICES shows one GPU.
+
+    Ranks that torchrun or ``titans train`` started share their parent's, so it is not their own.
+    """
+    is_task = os.environ.get("SLURM_LOCALID") == os.environ.get("LOCAL_RANK")
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return is_task and len(shown) == 1 and bool(shown[0])
 
 
 @contextlib.contextmanager
@@ -58,6 +73,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     os.environ["DS_ACCELERATOR"] = device.type
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes its GPU from it
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
     yield

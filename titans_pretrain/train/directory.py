@@ -69,10 +69,10 @@ class RunDirectory:
             Sentences about what differs from the configuration it began with.
 
         Raises:
-            UserError: a run is here and ``resume`` is off, or the model or the data order would
-                change.
+            UserError: a run with a step is here and ``resume`` is off, or the model or the data
+                order would change.
         """
-        if not self.config.exists() and not any(self.checkpoints.glob("step-*")):
+        if not self._holds_steps():
             return [f"nothing to resume in {self.path}"] if resume else []
         if not resume:
             raise UserError(
@@ -98,11 +98,14 @@ class RunDirectory:
                 fix="choose a directory you can write to",
             ) from None
 
+    def forget_failure(self) -> None:
+        """Remove the failure of the last start, so that this one's can be kept."""
+        self.error.unlink(missing_ok=True)
+
     def begin(self, config: RunConfig) -> None:
-        """Write the configuration of this start and remove the failure of the last."""
+        """Write the configuration of this start; once it is sure to train."""
         with atomic_file(self.config, "w") as handle:
             handle.write(run_config.dump(config))
-        self.error.unlink(missing_ok=True)
 
     def lock(self) -> IO[str]:
         """Hold the run for this process, until the handle is closed or the process ends.
@@ -123,6 +126,16 @@ class RunDirectory:
         except OSError:
             pass  # a file system without locks
         return handle
+
+    def _holds_steps(self) -> bool:
+        """Whether a step was done here; a start that failed before one left nothing to lose."""
+        if any(self.checkpoints.glob("step-*")):
+            return True
+        try:
+            with open(self.metrics, "rb") as handle:
+                return handle.readline().endswith(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def _stored(self) -> dict[str, Any]:
         try:

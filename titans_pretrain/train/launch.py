@@ -3,6 +3,7 @@
 The exit code is that of the rank that failed first; its error is printed last.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -20,9 +21,10 @@ from typing import IO
 
 from titans_pretrain import errors
 from titans_pretrain.config import RunConfig
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import StoppedEarly, TitansError, UserError
 from titans_pretrain.parallel import mesh
 from titans_pretrain.train.directory import RunDirectory
+from titans_pretrain.train.signals import on_asking
 
 LAUNCHER = "TITANS_LAUNCHER"
 POLL_SECONDS = 0.05
@@ -144,6 +146,7 @@ def start(arguments: Sequence[str], ranks: int) -> int:
     for rank in range(ranks):
         environment = {
             "OMP_NUM_THREADS": str(threads),
+            "GLOO_SOCKET_IFNAME": "lo",  # where MASTER_ADDR is, whatever the host's name means
             **os.environ,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
@@ -153,7 +156,7 @@ def start(arguments: Sequence[str], ranks: int) -> int:
             "MASTER_PORT": str(port),
             LAUNCHER: str(os.getpid()),
         }
-        complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the ranks end
+        complaints = _complaints()
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "titans_pretrain.cli", *arguments],
             env=environment,
@@ -163,6 +166,11 @@ def start(arguments: Sequence[str], ranks: int) -> int:
         )
         local.append(LocalRank(rank, process, complaints))
     return _Watch(local).wait()
+
+
+def _complaints() -> IO[str]:
+    """A file for what a rank writes to stderr, which may be any bytes."""
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -185,14 +193,21 @@ class LocalRank:
         return self.complaints.read().strip()
 
 
+def told_error(texts: Sequence[str]) -> str:
+    """The first error among what ranks told, without the noise before it; else the first text."""
+    for text in texts:
+        if error := re.search(r"^error: ", text, re.MULTILINE):
+            return text[error.start() :]
+    return next((text for text in texts if text), "a rank failed")
+
+
 class _Watch:
     """Waits for ranks, passes signals on, ends all when one fails."""
 
     def __init__(self, local: Sequence[LocalRank]) -> None:
         self._local = local
         self._asked = self._interrupts = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._pass_on)
+        on_asking(self._pass_on)
 
     def wait(self) -> int:
         """The exit code of the first rank that failed, or 0."""
@@ -207,34 +222,40 @@ class _Watch:
                     rank.process.kill()
             time.sleep(POLL_SECONDS)
         first = first or self._first_failed()
-        return self._tell(first) if first else errors.DONE
+        if first is None:
+            return errors.DONE
+        sentence, code = self._outcome(first)
+        with contextlib.suppress(OSError):  # the terminal may be closed; the code still tells
+            print(sentence, file=sys.stderr, flush=True)
+        return code
 
     def _first_failed(self) -> LocalRank | None:
         """Of ranks that failed since the last look, one that was killed before one that noticed."""
         failed = [rank for rank in self._local if rank.process.poll()]
         return min(failed, key=lambda rank: rank.process.returncode >= 0, default=None)
 
-    def _tell(self, first: LocalRank) -> int:
-        """Print the error of the first rank that failed, or of one that failed with it."""
+    def _outcome(self, first: LocalRank) -> tuple[str, int]:
+        """The error of the first rank that failed, or of one that failed with it; the exit code."""
         code = first.process.returncode
         if code == -signal.SIGTERM and self._asked:
-            print(
-                "error: stopped by a signal before the first step\nfix:   use --resume",
-                file=sys.stderr,
+            stopped = StoppedEarly("stopped by a signal before the first step", fix="use --resume")
+            return str(stopped), errors.STOPPED
+        if code == -signal.SIGKILL and self._interrupts > 1:
+            ended = TitansError(
+                "ended at once by a second Ctrl-C; steps after the last checkpoint are lost",
+                fix="continue with --resume",
             )
-            return errors.STOPPED
+            return str(ended), errors.FAILED
         if code < 0:
-            print(
-                f"error: rank {first.number} was killed by {signal.Signals(-code).name}\n"
-                f"where: process {first.process.pid}; logs/rank-{first.number}.log\n"
-                "fix:   see whether the machine ran out of memory; continue with --resume",
-                file=sys.stderr,
+            killed = TitansError(
+                f"rank {first.number} was killed by {signal.Signals(-code).name}",
+                where=f"process {first.process.pid}; logs/rank-{first.number}.log",
+                fix="see whether the machine ran out of memory; continue with --resume",
             )
-            return errors.FAILED
-        told = [rank.told() for rank in (first, *self._local) if rank.process.returncode]
-        print(next((text for text in told if text), "a rank failed"), file=sys.stderr)
-        known = (errors.USER_ERROR, errors.STOPPED)
-        return code if code in known else errors.FAILED
+            return str(killed), errors.FAILED
+        failed = (first, *(rank for rank in self._local if rank.process.returncode))
+        known = code in (errors.USER_ERROR, errors.STOPPED)
+        return told_error([rank.told() for rank in failed]), code if known else errors.FAILED
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         """Ask the ranks to stop after their step; the second Ctrl-C ends them at once."""

@@ -76,6 +76,7 @@ class Worker:
         trainer = Trainer(config, grid, device, data, self._directory, self._stop, self._tell)
         if checkpoint is not None:
             trainer.restore(checkpoint)
+        devices.from_first(lambda: self._directory.begin(config))
         trainer.run()
         self._tell(f"done: {config.train.steps} steps in {self._directory.path}")
 
@@ -86,7 +87,7 @@ class Worker:
             The exit code.
         """
         told = self._explain(error)
-        if not isinstance(error, UserError | StoppedEarly):
+        if self._log is not None and not isinstance(error, UserError | StoppedEarly):
             traceback.print_exception(error, file=sys.stderr)
         if isinstance(error, OtherRankFailed):
             return told.exit_code
@@ -95,7 +96,9 @@ class Worker:
         else:
             first = self._log is None or self._write_error(told, error)
         if first:
-            print(told, file=self._complaints, flush=True)
+            _print(str(told), self._complaints)
+        if self._log is None and not isinstance(error, TitansError):
+            traceback.print_exception(error, file=sys.stderr)  # no log keeps it
         return told.exit_code
 
     def _open(self, resume: bool) -> tuple[list[str], Path | None]:
@@ -103,10 +106,16 @@ class Worker:
         notes = self._directory.check(self._config, resume=resume)
         self._directory.create()
         self._lock = self._directory.lock()
-        self._directory.begin(self._config)
+        self._directory.forget_failure()
         if not resume:
             return notes, None
         checkpoint, skipped = newest_good(self._directory.checkpoints)
+        if checkpoint is None and skipped:
+            raise TitansError(
+                f"no good checkpoint: {'; '.join(skipped)}",
+                where=str(self._directory.checkpoints),
+                fix="bring a good one back, or move this directory away and --resume starts over",
+            )
         start = f"resuming from {checkpoint}" if checkpoint else "starting at step 0"
         return [*notes, *skipped, start], checkpoint
 
@@ -126,7 +135,7 @@ class Worker:
 
     def _tell(self, sentence: str) -> None:
         if self._rank == 0:
-            print(sentence, file=self._terminal, flush=True)
+            _print(sentence, self._terminal)
             print(sentence, flush=True)
 
     def _tell_ranks(self) -> None:
@@ -168,6 +177,16 @@ class Worker:
             return write_first(self._directory.error, record)
         except OSError:
             return True  # the disk may be what failed
+
+
+def _print(sentence: str, terminal: TextIO) -> None:
+    """Print to a terminal, or from now on nowhere if it is closed: a run outlives its terminal."""
+    try:
+        print(sentence, file=terminal, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, terminal.fileno())
+        os.close(nowhere)
 
 
 def _step_of(checkpoint: Path) -> int:
