@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as schema
 
 from titans_pretrain.errors import TitansError, UserError
@@ -209,7 +210,7 @@ def _parse(model: bytes) -> Any:
     proto = schema.ModelProto()
     try:
         proto.ParseFromString(model)
-    except Exception:
+    except DecodeError:
         proto = None
     if proto is None or not proto.pieces:
         raise UserError("no sentencepiece model", where="tokenizer.model", fix="give a .model file")
