@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -64,7 +65,7 @@ def _collect(pipes, deadline):
             rank = next(number for number, other in open_pipes.items() if other is pipe)
             del open_pipes[rank]
             try:
-                outcomes[rank] = pipe.recv()
+                outcomes[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 outcomes[rank] = ("failed", "died without a word")
             if outcomes[rank][0] == "failed":
@@ -92,6 +93,6 @@ def _rank(function, arguments, rank, count, port, pipe):
             outcome = ("done", function(*arguments))
     except BaseException:
         outcome = ("failed", traceback.format_exc())
-    pipe.send(outcome)
+    pipe.send_bytes(pickle.dumps(outcome))  # whole tensors, not handles that end with this process
     pipe.close()
     os._exit(0)

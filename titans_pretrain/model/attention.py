@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .boundary import WHOLE, Boundary
 from .configuration_titans import TitansConfig
 from .fields import rotated_width
 from .layers import rotate, split_heads
@@ -51,6 +52,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.project = AttentionProjections(config)
         self.window = window
+        self.boundary: Boundary = WHOLE
 
     def forward(
         self,
@@ -70,15 +72,26 @@ class WindowAttention(nn.Module):
         Returns:
             Heads (B, H, T, h), and the cache afterwards (empty without a layout).
         """
-        positions = (
-            torch.arange(x.shape[1], device=x.device) if layout is None else layout.positions
-        )
+        if layout is None:
+            return self._span(x, persistent), {}
+        positions = layout.positions
         queries = self.project.queries(x, positions)
         keys, values = self.project.keys_values(x, positions)
         prefix = None if persistent is None else self.project.prefix(persistent)
-        if layout is None:
-            return _blocks(queries, keys, values, prefix, self.window, None), {}
         return self._continue(queries, keys, values, prefix, layout, cached or {})
+
+    def _span(self, x: Tensor, persistent: Tensor | None) -> Tensor:
+        """Sequences, or spans of them, without pads."""
+        first = self.boundary.first(x.shape[1])
+        positions = torch.arange(first, first + x.shape[1], device=x.device)
+        queries = self.project.queries(x, positions)
+        keys, values = self.project.keys_values(x, positions)
+        if self.window is None:
+            return self.boundary.whole(_causal, queries, keys, values)
+        prefix = None if persistent is None else self.project.prefix(persistent)
+        own, before = self.boundary.halo(self.window - 1, (keys, values), dim=2)
+        keys, values = (torch.cat(pair, 2) for pair in zip(before, own, strict=True))
+        return _blocks(queries, keys, values, prefix, self.window, None)
 
     def _continue(
         self,
@@ -117,6 +130,10 @@ def _widen(joined: Tensor, length: int, layout: Layout) -> Tensor:
     return F.pad(joined, (0, 0) * (joined.dim() - 2) + (missing, 0))
 
 
+def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+
+
 def _blocks(
     queries: Tensor,
     keys: Tensor,
@@ -136,8 +153,6 @@ def _blocks(
     """
     slots, total = queries.shape[2], keys.shape[2]
     past = total - slots
-    if window is None and known is None and prefix is None and past == 0:
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     size = slots if window is None else min(window, slots)
     outputs = []
     for first in range(0, slots, max(size, 1)):

@@ -46,7 +46,7 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: Tensor, history: Tensor | None = None, layout: Layout | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Convolve (B, T, D); the inputs before the first token are ``history``, zeros if None.
+        """Convolve (B, T, D); the inputs before the first token are ``history``, and zeros.
 
         Returns:
             The outputs (B, T, D), and the last ``width - 1`` inputs (B, width - 1, D).
@@ -54,6 +54,7 @@ class ShortConvolution(nn.Module):
         past = self.width - 1
         if history is None:
             history = x.new_zeros(x.shape[0], past, x.shape[2])
+        history = F.pad(history, (0, 0, past - history.shape[1], 0))
         if layout is None:
             joined = torch.cat([history, x], 1)
             after = joined[:, x.shape[1] :]

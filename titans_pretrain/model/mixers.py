@@ -48,8 +48,9 @@ class MemoryMixer(nn.Module):
     ) -> tuple[Tensor, Cached]:
         """Mix (B, T, D)."""
         persistent = None if self.persistent is None else self.persistent()
+        gate = F.silu(self.gate_proj(x))
         reads, after = self.memory(x, persistent, layout, cached or {})
-        return self.o_proj(reads * F.silu(self.gate_proj(x))), after
+        return self.o_proj(reads * gate), after
 
 
 class MemoryAsGate(nn.Module):
@@ -85,6 +86,7 @@ class MemoryAsLayer(nn.Module):
         self.persistent = persistent_tokens(config)
         self.memory = NeuralMemory(config)
         self.gate_proj = nn.Linear(width, width, bias=False)
+        self.gather_heads = nn.Identity()
         self.attention = WindowAttention(config, config.window_size)
         self.o_proj = nn.Linear(width, width, bias=False)
 
@@ -94,8 +96,9 @@ class MemoryAsLayer(nn.Module):
         """Mix (B, T, D)."""
         cached = cached or {}
         persistent = None if self.persistent is None else self.persistent()
+        gate = F.silu(self.gate_proj(x))
         reads, state = self.memory(x, persistent, layout, _scoped(cached, "memory"))
-        gated = reads * F.silu(self.gate_proj(x))
+        gated = self.gather_heads(reads * gate)
         heads, kv = self.attention(gated, None, layout, _scoped(cached, "attention"))
         after = _scope(kv, "attention") | _scope(state, "memory")
         return self.o_proj(merge_heads(heads)), after
@@ -133,6 +136,7 @@ class MemoryAsContext(nn.Module):
         self.attention = SegmentAttention(config)
         self.attention_norm = RMSNorm(width // config.num_attention_heads, config.rms_norm_eps)
         self.memory = NeuralMemory(config)
+        self.gather_heads = nn.Identity()
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
@@ -148,27 +152,26 @@ class MemoryAsContext(nn.Module):
         return self.o_proj(mixed), after
 
     def _train(self, x: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Whole sequences from their first token on."""
+        """Whole sequences, or spans of whole segments."""
         project, memory = self.attention.project, self.memory
         cells = torch.arange(x.shape[1], device=x.device) % self.segment
         asked, _ = memory.queries(x, None, None)
         queries = project.queries(x, cells)
         keys, values = project.keys_values(x, cells)
-        state = memory.start(x)
-        carried: Cached = {}
+        state, carried = memory.enter(x, histories=True)
         outputs = []
         for first in range(0, x.shape[1], self.segment):
             part = slice(first, min(first + self.segment, x.shape[1]))
-            recalled = memory.retrieve(asked[:, :, part], state.weights)
+            recalled = self.gather_heads(memory.retrieve(asked[:, :, part], state.weights))
             reads = project.keys_values(recalled, cells[part])
             own = keys[:, :, part], values[:, :, part]
             heads = self.attention.attend(queries[:, :, part], reads, own, prefix, cells[part])
             attended = merge_heads(self.attention_norm(heads))
-            written = memory.project(attended, None, carried)
+            written = memory.project(self.gather_heads(attended), None, carried)
             carried = written.carried
             returned, state = memory.scan(written.tokens, state)
             outputs.append(attended * F.silu(memory.finish(returned)))
-        return torch.cat(outputs, 1)
+        return memory.leave(torch.cat(outputs, 1), state, carried)
 
     def _continue(
         self,
@@ -191,7 +194,7 @@ class MemoryAsContext(nn.Module):
                 segment = _Segment.begin(opened.state, {}, self.attention.project, x, self.segment)
             heads, segment = self._attend(x[:, slots], asked[:, :, slots], prefix, part, segment)
             attended = merge_heads(self.attention_norm(heads))
-            written = memory.project(attended, part, carried)
+            written = memory.project(self.gather_heads(attended), part, carried)
             carried = carried | written.carried
             returned, opened = scan_open(
                 written.tokens, opened, part, memory.chunk_size, memory.rule
@@ -214,7 +217,7 @@ class MemoryAsContext(nn.Module):
         segment: "_Segment",
     ) -> tuple[Tensor, "_Segment"]:
         project, cells = self.attention.project, part.cells
-        recalled = self.memory.retrieve(asked, segment.weights)
+        recalled = self.gather_heads(self.memory.retrieve(asked, segment.weights))
         segment = segment.take(
             (*project.keys_values(recalled, cells), *project.keys_values(x, cells)), part
         )

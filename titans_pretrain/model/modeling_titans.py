@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 # transformers 4 exports only the modules that this file imports itself
 from .attention import WindowAttention  # noqa: F401
+from .boundary import Boundary  # noqa: F401
 from .cache import TitansCache
 from .configuration_titans import TitansConfig
 from .fields import FIELDS  # noqa: F401

@@ -4,12 +4,14 @@ Shapes: B batch, H memory heads, T time (or N slots), D width, d head width.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .boundary import WHOLE, Boundary, Like, Tensors
 from .configuration_titans import TitansConfig
 from .layers import (
     PersistentTokens,
@@ -21,9 +23,11 @@ from .layers import (
     unit,
 )
 from .layout import Layout, choose
-from .memory import MemoryState, Rule, Tokens, memory_scan, retrieve, state_dtype
+from .memory import MemoryState, Rule, Tokens, memory_scan, retrieve, state_dtype, unflatten
 from .memory_open import OpenMemory, scan_open
 
+BRANCHES = ("q", "k", "v")
+Carried = dict[str, Tensor]
 FORGET_BIAS = -4.6
 MOMENTUM_BIAS = 2.2
 
@@ -59,7 +63,7 @@ class Projected(NamedTuple):
     """What a stretch of tokens brings to the memory, and what the next stretch needs to know."""
 
     tokens: Tokens
-    carried: dict[str, Tensor]
+    carried: Carried
 
 
 class NeuralMemory(nn.Module):
@@ -78,7 +82,8 @@ class NeuralMemory(nn.Module):
         self.gate_per_chunk = config.gate_per == "chunk"
         self.rule = Rule(config.memory_activation, config.memory_residual, config.surprise_clip)
         self.depth = config.memory_depth
-        for name in ("q", "k", "v"):
+        self.boundary: Boundary = WHOLE
+        for name in BRANCHES:
             self.add_module(f"{name}_proj", nn.Linear(width, width, bias=False))
             conv = ShortConvolution(width, config.conv_width) if config.conv_width else None
             self.add_module(f"{name}_conv", conv)
@@ -94,8 +99,8 @@ class NeuralMemory(nn.Module):
         x: Tensor,
         persistent: Tensor | None,
         layout: Layout | None,
-        cached: dict[str, Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        cached: Carried,
+    ) -> tuple[Tensor, Carried]:
         """Write (B, T, D) into the memory and read it back, normalised, as (B, T, D).
 
         Args:
@@ -105,9 +110,10 @@ class NeuralMemory(nn.Module):
             cached: the rows' state from earlier calls, or empty.
         """
         if layout is None:
-            tokens = self.project(x, None, {}).tokens
-            reads, _ = self.scan(tokens, self.start(x, persistent))
-            return self.finish(reads), {}
+            tokens = self.project(x, None, None).tokens
+            state, _ = self.enter(x, persistent)
+            reads, state = self.scan(tokens, state)
+            return self.finish(self.leave(reads, state)), {}
         memory = self.open(x, persistent, cached)
         projected = self.project(x, layout, cached)
         reads, memory = scan_open(projected.tokens, memory, layout, self.chunk_size, self.rule)
@@ -131,7 +137,45 @@ class NeuralMemory(nn.Module):
             )
         )
 
-    def open(self, x: Tensor, persistent: Tensor | None, cached: dict[str, Tensor]) -> OpenMemory:
+    def enter(
+        self, x: Tensor, persistent: Tensor | None = None, *, histories: bool = False
+    ) -> tuple[MemoryState, Carried]:
+        """The state before the span (B, T, D): its start, or what the span before handed on.
+
+        Args:
+            x: the layer's input.
+            persistent: see ``start``.
+            histories: whether the convolutions' last inputs belong to the state.
+        """
+        carried = self._no_history(x) if histories else {}
+
+        def start() -> Tensors:
+            state = self.start(x, persistent)
+            zeros = (x.new_zeros(like.shape) for like in carried.values())
+            return *state.weights, *state.momentum, *zeros
+
+        dtype = state_dtype(x)
+        weights = [Like((x.shape[0], *w.shape), dtype, x.device) for w in self.initial.parameters()]
+        entered = self.boundary.enter(start, (*weights, *weights, *carried.values()))
+        size = 2 * self.depth
+        return unflatten(entered[:size]), dict(zip(carried, entered[size:], strict=True))
+
+    def leave(self, tied: Tensor, state: MemoryState, carried: Carried | None = None) -> Tensor:
+        """Hand the state after the span on; use what is returned in place of ``tied``."""
+        histories = (carried or {}).values()
+        return self.boundary.leave(tied, (*state.weights, *state.momentum, *histories))
+
+    def _no_history(self, x: Tensor) -> dict[str, Like]:
+        """What the convolutions' last inputs look like."""
+        likes = {}
+        for name in BRANCHES:
+            convolution: Any = getattr(self, f"{name}_conv")
+            if convolution is not None:
+                shape = (x.shape[0], convolution.width - 1, convolution.weight.shape[0])
+                likes[f"{name}_history"] = Like(shape, x.dtype, x.device)
+        return likes
+
+    def open(self, x: Tensor, persistent: Tensor | None, cached: Carried) -> OpenMemory:
         """The rows' memory as a cache holds it, or at its start if the cache is empty."""
         if cached:
             return OpenMemory.unpack(cached, "memory", self.depth)
@@ -146,43 +190,57 @@ class NeuralMemory(nn.Module):
         self, x: Tensor, history: Tensor | None, layout: Layout | None
     ) -> tuple[Tensor, Tensor | None]:
         """Unit queries (B, H, T, d), and the convolution's inputs to carry on."""
-        heads, carried = self._branch("q", x, history, layout)
-        return unit(heads), carried
+        cached = None if layout is None else {} if history is None else {"q_history": history}
+        branches, carried = self._branches(("q",), x, layout, cached)
+        return unit(branches["q"]), carried.get("q_history")
 
     def retrieve(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """Read without writing: (B, H, T, d) to normalised (B, T, D)."""
         return self.finish(retrieve(queries, weights, self.rule))
 
-    def project(self, x: Tensor, layout: Layout | None, cached: dict[str, Tensor]) -> Projected:
-        """Queries, keys, values and gates of (B, T, D), and what later tokens need of these."""
-        carried: dict[str, Tensor] = {}
-        branches = {}
-        for name in ("q", "k", "v"):
-            key = f"{name}_history"
-            branches[name], history = self._branch(name, x, cached.get(key), layout)
-            if history is not None:
-                carried[key] = history
-        gates = self._gates(x, layout, cached, carried)
+    def project(self, x: Tensor, layout: Layout | None, cached: Carried | None) -> Projected:
+        """Queries, keys, values and gates of (B, T, D), and what later tokens need of these.
+
+        Args:
+            x: the tokens to write.
+            layout: the slots when decoding or padded.
+            cached: what earlier tokens carried; None asks the boundary of the span.
+        """
+        branches, carried = self._branches(BRANCHES, x, layout, cached)
+        gates = self._gates(x, layout, cached or {}, carried)
         queries, keys = unit(branches["q"]), unit(branches["k"])
         return Projected(Tokens(queries, keys, branches["v"], *gates), carried)
 
-    def _branch(
-        self, name: str, x: Tensor, history: Tensor | None, layout: Layout | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Projection, convolution and SiLU of one of q, k, v: (B, H, T, d)."""
-        projected: Tensor = self.get_submodule(f"{name}_proj")(x)
-        carried = None
-        convolution: Any = getattr(self, f"{name}_conv")
-        if convolution is not None:
-            projected, carried = convolution(projected, history, layout)
-        return split_heads(F.silu(projected), self.head_width), carried
+    def _branches(
+        self, names: tuple[str, ...], x: Tensor, layout: Layout | None, cached: Carried | None
+    ) -> tuple[dict[str, Tensor], Carried]:
+        """Projection, convolution and SiLU, each (B, H, T, d); and what convolutions carry on."""
+        projected: Tensors = tuple(self.get_submodule(f"{name}_proj")(x) for name in names)
+        convolutions: list[Any] = [getattr(self, f"{name}_conv") for name in names]
+        carried: Carried = {}
+        if convolutions[0] is not None:
+            histories: Sequence[Tensor | None]
+            if cached is None:
+                past = convolutions[0].width - 1
+                projected, histories = self.boundary.halo(past, projected, dim=1)
+            else:
+                histories = [cached.get(f"{name}_history") for name in names]
+            mixed = []
+            for name, convolution, own, before in zip(
+                names, convolutions, projected, histories, strict=True
+            ):
+                convolved, carried[f"{name}_history"] = convolution(own, before, layout)
+                mixed.append(convolved)
+            projected = tuple(mixed)
+        heads = (split_heads(F.silu(tensor), self.head_width) for tensor in projected)
+        return dict(zip(names, heads, strict=True)), carried
 
     def _gates(
         self,
         x: Tensor,
         layout: Layout | None,
-        cached: dict[str, Tensor],
-        carried: dict[str, Tensor],
+        cached: Carried,
+        carried: Carried,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Alpha, eta and theta, each (B, H, T), from the token or from its chunk's first one."""
         logits = [self._logit(gate, x) for gate in (self.forget_gate, self.momentum_gate)]
@@ -207,8 +265,8 @@ class NeuralMemory(nn.Module):
         self,
         gates: Tensor,
         layout: Layout | None,
-        cached: dict[str, Tensor],
-        carried: dict[str, Tensor],
+        cached: Carried,
+        carried: Carried,
     ) -> Tensor:
         """Spread the gates (B, G, H, T) of each chunk's first token over the chunk."""
         time, chunk = gates.shape[-1], self.chunk_size

@@ -1,10 +1,13 @@
 """Which rank does what: pure values from rank counts and the configuration, no communication."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from titans_pretrain.config import MeshSection, TrainSection
 from titans_pretrain.errors import UserError
+
+WHOLE_TABLE = 16
+SHOWN_AT_EACH_END = 4
 
 
 @dataclass(frozen=True)
@@ -36,19 +39,115 @@ class Mesh:
             rank // (self.tensor * self.data),
         )
 
+    def rank_of(self, tensor: int, data: int, sequence: int) -> int:
+        """The rank at (tensor, data, sequence) indices."""
+        place, sizes = (tensor, data, sequence), (self.tensor, self.data, self.sequence)
+        if not all(0 <= index < size for index, size in zip(place, sizes, strict=True)):
+            raise ValueError(f"place {place} is not in a grid of {sizes}")
+        return tensor + self.tensor * (data + self.data * sequence)
+
+    def tensor_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that share layers with ``rank``, itself included, in tensor order."""
+        _, data, sequence = self.coordinates(rank)
+        return tuple(self.rank_of(index, data, sequence) for index in range(self.tensor))
+
     def data_group(self, rank: int) -> tuple[int, ...]:
         """The ranks that shard the parameters together with ``rank``, in data order."""
         tensor, _, sequence = self.coordinates(rank)
-        first = tensor + self.tensor * self.data * sequence
-        return tuple(first + self.tensor * index for index in range(self.data))
+        return tuple(self.rank_of(tensor, index, sequence) for index in range(self.data))
+
+    def sequence_group(self, rank: int) -> tuple[int, ...]:
+        """The ranks that hold the spans of the same sequences, in the order of the spans."""
+        tensor, data, _ = self.coordinates(rank)
+        return tuple(self.rank_of(tensor, data, index) for index in range(self.sequence))
+
+    def tensor_groups(self) -> list[tuple[int, ...]]:
+        """All tensor groups; every rank is in exactly one."""
+        return [
+            self.tensor_group(self.rank_of(0, data, sequence))
+            for sequence in range(self.sequence)
+            for data in range(self.data)
+        ]
 
     def data_groups(self) -> list[tuple[int, ...]]:
         """All data groups; every rank is in exactly one."""
-        return sorted({self.data_group(rank) for rank in range(self.ranks)})
+        return [
+            self.data_group(self.rank_of(tensor, 0, sequence))
+            for sequence in range(self.sequence)
+            for tensor in range(self.tensor)
+        ]
+
+    def sequence_groups(self) -> list[tuple[int, ...]]:
+        """All sequence groups; every rank is in exactly one."""
+        return [
+            self.sequence_group(self.rank_of(tensor, data, 0))
+            for data in range(self.data)
+            for tensor in range(self.tensor)
+        ]
+
+    def previous(self, rank: int) -> int | None:
+        """The rank whose memory states ``rank`` goes on from, None at a sequence's start."""
+        tensor, data, sequence = self.coordinates(rank)
+        return self.rank_of(tensor, data, sequence - 1) if sequence else None
+
+    def next(self, rank: int) -> int | None:
+        """The rank that goes on from the memory states of ``rank``, None at a sequence's end."""
+        tensor, data, sequence = self.coordinates(rank)
+        return self.rank_of(tensor, data, sequence + 1) if sequence + 1 < self.sequence else None
 
     def accumulation(self, train: TrainSection) -> int:
-        """Forward passes per rank and optimizer step."""
+        """Micro-batches of a rank in an optimizer step."""
         return train.global_batch_size // (self.data * train.micro_batch_size)
+
+    def table(self) -> str:
+        """Who works with whom, for reading in a terminal; large grids show both ends only."""
+        ranks: list[int | None] = list(range(self.ranks))
+        if self.ranks > WHOLE_TABLE:
+            ranks[SHOWN_AT_EACH_END:-SHOWN_AT_EACH_END] = [None]
+        heads = (
+            "rank",
+            "tensor data sequence",
+            "shares layers with",
+            "shards parameters with",
+            "state from",
+            "state to",
+        )
+        rows = [heads, *(self._row(rank) for rank in ranks)]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+        lines = [
+            "  ".join(
+                [row[0].rjust(widths[0])]
+                + [cell.ljust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([str(self), *lines, *self._summary()])
+
+    def _row(self, rank: int | None) -> tuple[str, ...]:
+        if rank is None:
+            return ("…", "", "", "", "", "")
+        tensor, data, sequence = self.coordinates(rank)
+        before, after = self.previous(rank), self.next(rank)
+        return (
+            str(rank),
+            f"{tensor:>6} {data:>4} {sequence:>8}",
+            _others(rank, self.tensor_group(rank)),
+            _others(rank, self.data_group(rank)),
+            "-" if before is None else str(before),
+            "-" if after is None else str(after),
+        )
+
+    def _summary(self) -> Iterator[str]:
+        """What the left-out rows would show."""
+        if self.ranks <= WHOLE_TABLE:
+            return
+        yield f"tensor groups: {_described(self.tensor_groups())}"
+        yield f"data groups: {_described(self.data_groups())}"
+        if self.sequence > 1:
+            yield (
+                f"states go from rank n to n + {self.tensor * self.data}, "
+                f"over {self.sequence} sequence ranks"
+            )
 
     def __str__(self) -> str:
         sizes = " x ".join(
@@ -67,14 +166,16 @@ def plan(ranks: int, mesh: MeshSection, train: TrainSection) -> Mesh:
 
     Raises:
         UserError: the ranks are no multiple of tensor * sequence, or the global batch is no
-            multiple of data ranks * micro batch; the nearest sizes that fit are named.
+            multiple of data ranks * micro batch; the nearest sizes and meshes that fit are named.
     """
     share = mesh.tensor * mesh.sequence
     if ranks < 1 or ranks % share:
         raise UserError(
-            f"{ranks} ranks are no multiple of mesh.tensor * mesh.sequence = {share}",
+            f"{ranks} ranks are no multiple of mesh.tensor * mesh.sequence = "
+            f"{mesh.tensor} * {mesh.sequence} = {share}",
             where="--ranks",
-            fix=f"start {_either(_neighbours(ranks, share))} ranks",
+            fix=f"start {_either(_neighbours(ranks, share))} ranks"
+            + _other_shape(ranks, mesh, train),
         )
     found = Mesh(tensor=mesh.tensor, data=ranks // share, sequence=mesh.sequence)
     unit = found.data * train.micro_batch_size
@@ -100,6 +201,25 @@ def _either(values: Sequence[int]) -> str:
     return " or ".join(str(value) for value in values)
 
 
+def _other_shape(ranks: int, mesh: MeshSection, train: TrainSection) -> str:
+    """The tensor and sequence sizes nearest to those asked for that ranks and batch fit."""
+    divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    shapes = [
+        (tensor, sequence)
+        for tensor in divisors
+        for sequence in divisors
+        if ranks % (tensor * sequence) == 0
+        and train.global_batch_size * tensor * sequence % (ranks * train.micro_batch_size) == 0
+    ]
+    if not shapes:
+        return ""
+    tensor, sequence = min(
+        shapes,
+        key=lambda shape: (abs(shape[0] - mesh.tensor) + abs(shape[1] - mesh.sequence), shape),
+    )
+    return f", or keep {ranks} with mesh.tensor={tensor} mesh.sequence={sequence}"
+
+
 def _fitting_ranks(ranks: int, share: int, train: TrainSection) -> int | None:
     """The rank count nearest to ``ranks`` that the global batch fits."""
     micro_batches, rest = divmod(train.global_batch_size, train.micro_batch_size)
@@ -107,3 +227,20 @@ def _fitting_ranks(ranks: int, share: int, train: TrainSection) -> int | None:
         return None
     counts = [n * share for n in range(1, micro_batches + 1) if micro_batches % n == 0]
     return min(counts, key=lambda count: abs(count - ranks))
+
+
+def _others(rank: int, group: Sequence[int]) -> str:
+    """The members of a group besides ``rank``, long groups by their ends."""
+    return _named([member for member in group if member != rank]) or "-"
+
+
+def _named(members: Sequence[int]) -> str:
+    if len(members) > SHOWN_AT_EACH_END:
+        return f"{members[0]} {members[1]} … {members[-1]}"
+    return " ".join(map(str, members))
+
+
+def _described(groups: Sequence[Sequence[int]]) -> str:
+    size = len(groups[0])
+    members = f" of {size} ranks each" if size > 1 else ", each rank alone"
+    return f"{len(groups)}{members}; the first is {_named(groups[0])}"
