@@ -68,12 +68,21 @@ def test_a_preset_gives_its_fields_and_a_given_field_wins():
         ("model.segment_length=3", "'lmm' does not use it", "take it out"),
         ("model.preset=titans-mac-2b", "no preset 'titans-mac-2b'", "titans-mac"),
         ("model.variant=mca", "'mca' is unknown", "'mac'"),
-        ("mesh.tensor=2", "2 is not allowed", "1"),
+        ("mesh.tensor=0", "0 is not allowed", "greater than or equal to 1"),
+        ("mesh.shard=all", "'all' is not allowed", "data"),
         ("train.warmup_steps=100", "100 exceeds train.steps 10", "10"),
         ("train.micro_batch_size=3", "no multiple", "6"),
         ("data.length_schedule=[{from_step: 3, length: 8}]", "start at [3]", "step 0"),
         ("data.length_schedule=[{from_step: 0, length: 7}]", "7 does not divide", "divisor"),
         ("steps=3", "is no override", "section.key=value"),
+        ("run.trace_step=11", "11 exceeds train.steps 10", "10 or less"),
+        ("checkpoint.keep_every=4", "keeps nothing where checkpoint.every is 0", "divisor"),
+        ("guard.policy=ignore", "'ignore' is not allowed", "rollback"),
+        ("guard.loss_spike=1", "1.0 would call ordinary steps spikes", "above 1"),
+        ("guard.gradient_spike=0.5", "0.5 would call ordinary steps spikes", "or 0"),
+        ("guard.policy=rollback", "no step to go back to", "checkpoint.every"),
+        ("guard.rollback_steps=2", "policy 'stop' does not use it", "rollback"),
+        ("guard.limit=0", "0 is not allowed", "greater than or equal to 1"),
     ],
 )
 def test_a_bad_value_is_named_with_its_fix(run_file, override, what, fix):
@@ -83,6 +92,106 @@ def test_a_bad_value_is_named_with_its_fix(run_file, override, what, fix):
     assert fix in caught.value.fix
     assert caught.value.where
     assert caught.value.exit_code == 2
+
+
+MAC = ["model.variant=mac", "model.num_attention_heads=2", "model.segment_length=64"]
+TRANSFORMER = [
+    "model.variant=transformer",
+    "model.memory_heads=null",
+    "model.num_attention_heads=4",
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "what", "fix"),
+    [
+        (
+            ["mesh.tensor=4"],
+            "tensor",
+            "share model.memory_heads 2",
+            "tensor 2, or model.memory_heads 4",
+        ),
+        (["mesh.tensor=3"], "tensor", "share model.memory_heads 2", "use mesh.tensor 2"),
+        ([*MAC, "mesh.tensor=4"], "tensor", "share model.num_attention_heads 2", "mesh.tensor 2"),
+        (
+            ["mesh.tensor=2", "model.intermediate_size=5"],
+            "tensor",
+            "share model.intermediate_size 5",
+            "mesh.tensor 1, or model.intermediate_size 4 or 6",
+        ),
+        (
+            ["mesh.tensor=2", "model.vocab_size=301"],
+            "tensor",
+            "share model.vocab_size 301",
+            "model.vocab_size 300 or 302",
+        ),
+        (
+            ["mesh.sequence=2"],
+            "sequence_length",
+            "64 is no multiple of mesh.sequence * chunk_size = 2 * 64 = 128",
+            "use 128, or mesh.sequence 1",
+        ),
+        (
+            ["mesh.sequence=3", "model.chunk_size=16"],
+            "sequence_length",
+            "64 is no multiple of mesh.sequence * chunk_size = 3 * 16 = 48",
+            "use 48 or 96, or mesh.sequence 2",
+        ),
+        (
+            [*MAC, "mesh.sequence=2", "model.chunk_size=16"],
+            "sequence_length",
+            "mesh.sequence * segment_length = 2 * 64 = 128",
+            "use 128",
+        ),
+        (
+            [
+                "mesh.sequence=2",
+                "model.chunk_size=32",
+                "data.length_schedule=[{from_step: 0, length: 32}]",
+            ],
+            "length_schedule",
+            "32 is no multiple of mesh.sequence * chunk_size = 2 * 32 = 64",
+            "use 64, or mesh.sequence 1",
+        ),
+        (
+            [*TRANSFORMER, "mesh.sequence=8", "model.num_attention_heads=8", "mesh.tensor=4"],
+            "sequence",
+            "8 ranks cannot share the 2 attention heads of a tensor rank",
+            "use 2",
+        ),
+        (
+            [*TRANSFORMER, "mesh.sequence=4", "data.sequence_length=30"],
+            "sequence_length",
+            "30 is no multiple of mesh.sequence = 4",
+            "use 28 or 32, or mesh.sequence 2",
+        ),
+        (
+            ["checkpoint.every=3", "checkpoint.keep_every=4"],
+            "keep_every",
+            "4 is no multiple of checkpoint.every 3",
+            "use 3 or 6",
+        ),
+    ],
+)
+def test_what_ranks_cannot_share_is_named_with_what_they_can(run_file, overrides, key, what, fix):
+    with pytest.raises(UserError) as caught:
+        config.load(run_file, overrides)
+    assert f".{key}: " in caught.value.what
+    assert what in caught.value.what
+    assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["mesh.tensor=2", "mesh.sequence=2", "data.sequence_length=128"],
+        ["data.sequence_length=100"],
+        ["checkpoint.every=3", "checkpoint.keep_every=6", "guard.policy=rollback"],
+        ["guard.loss_spike=1.5", "guard.gradient_spike=10"],
+    ],
+)
+def test_what_ranks_can_share_is_taken(run_file, overrides):
+    assert config.load(run_file, overrides)
 
 
 def test_a_chunk_larger_than_the_segment_is_refused(run_file):
@@ -131,6 +240,7 @@ def test_every_key_is_documented():
         config.MeshSection,
         config.TrainSection,
         config.CheckpointSection,
+        config.GuardSection,
         config.RunSection,
         config.RunConfig,
     ):

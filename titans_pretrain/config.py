@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from titans_pretrain import config_rules
 from titans_pretrain.errors import UserError, nearest
 from titans_pretrain.model import fields
 
@@ -57,10 +58,12 @@ class DataSection(Section):
 class MeshSection(Section):
     """How ranks divide the work; data ranks = ranks / (tensor * sequence)."""
 
-    tensor: int = Field(default=1, ge=1, le=1)
-    """Ranks that share a layer."""
-    sequence: int = Field(default=1, ge=1, le=1)
-    """Ranks that share a sequence."""
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that share a layer: heads, channels and vocabulary are divided among them."""
+    sequence: int = Field(default=1, ge=1)
+    """Ranks that share a sequence: each holds a span of it and hands memory states on."""
+    interleave: bool = True
+    """Sequence ranks work on several micro-batches at once instead of one after another."""
     shard: Literal["data"] = "data"
     """Ranks over which ZeRO-3 shards parameters."""
 
@@ -94,6 +97,8 @@ class TrainSection(Section):
     """bf16: bfloat16 weights and activations, float32 master, gradients summed in float32."""
     activation_checkpointing: bool = False
     """Keep block inputs only and recompute blocks in backward."""
+    offload_optimizer: bool = False
+    """Keep float32 master weights and Adam moments in host memory and update them there."""
     validation_every: int = Field(default=0, ge=0)
     """Steps between validations; 0 validates after the last step only."""
     validation_sequences: int = Field(default=0, ge=0)
@@ -109,6 +114,27 @@ class CheckpointSection(Section):
     """Steps between checkpoints; the last step is always saved."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints whose step is a multiple of this stay for good; 0 keeps none for good."""
+    asynchronous: bool = True
+    """Write checkpoints while training goes on."""
+
+
+class GuardSection(Section):
+    """What happens at a step whose loss or gradient is not finite, or spikes."""
+
+    policy: Literal["stop", "skip", "rollback"] = "stop"
+    """stop the run, skip the step, or go back to an earlier one and leave its batches out."""
+    loss_spike: float = Field(default=0, ge=0)
+    """Largest loss over the running median, as a factor above 1; 0 turns this bound off."""
+    gradient_spike: float = Field(default=0, ge=0)
+    """Largest gradient norm over the running median, as a factor above 1; 0 turns it off."""
+    window: int = Field(default=64, ge=1)
+    """Accepted steps of which the running median is taken."""
+    rollback_steps: int = Field(default=0, ge=0)
+    """Steps that rollback goes back at least; 0 goes back to the newest checkpoint."""
+    limit: int = Field(default=3, ge=1)
+    """Bad steps in a row that stop the run, whatever the policy."""
 
 
 class RunSection(Section):
@@ -120,6 +146,10 @@ class RunSection(Section):
     """Name in reports and wandb; empty takes the directory's."""
     wandb_project: str | None = None
     """wandb project; null logs to metrics.jsonl only. Offline when no key is set."""
+    hang_seconds: int = Field(default=0, ge=0)
+    """Seconds a step may take; 0 allows ten times the slowest recent one, at least 45 s."""
+    trace_step: int = Field(default=0, ge=0)
+    """Optimizer step, from 1, whose trace is written; 0 writes none."""
 
 
 class RunConfig(Section):
@@ -131,6 +161,7 @@ class RunConfig(Section):
     mesh: MeshSection = MeshSection()
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
     run: RunSection
 
 
@@ -169,7 +200,8 @@ def resolve(
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         _explain(error, where)
-    _check(config, where)
+    for problem in config_rules.problems(config):
+        where.fail(problem.key, f"{'.'.join(problem.key)}: {problem.what}", problem.fix)
     return config
 
 
@@ -352,36 +384,3 @@ def _keys_of(section: tuple[str, ...]) -> list[str]:
     if section[:2] == ("data", "length_schedule"):
         return list(LengthStage.model_fields)
     return list(kinds[section[0]].model_fields)
-
-
-def _check(config: RunConfig, where: _Where) -> None:
-    """The rules between sections."""
-    train, data, micro = config.train, config.data, config.train.micro_batch_size
-    if train.warmup_steps > train.steps:
-        where.fail(
-            ("train", "warmup_steps"),
-            f"train.warmup_steps: {train.warmup_steps} exceeds train.steps {train.steps}",
-            f"use {train.steps} or less",
-        )
-    if train.global_batch_size % train.micro_batch_size:
-        where.fail(
-            ("train", "global_batch_size"),
-            f"train.global_batch_size: {train.global_batch_size} is no multiple of "
-            f"micro_batch_size {micro}",
-            f"use {-(-train.global_batch_size // micro) * micro}",
-        )
-    starts = [stage.from_step for stage in data.length_schedule]
-    if starts and (starts[0] != 0 or starts != sorted(set(starts))):
-        where.fail(
-            ("data", "length_schedule"),
-            f"data.length_schedule: stages start at {starts}",
-            "start the first at step 0 and each later one at a larger step",
-        )
-    for stage in data.length_schedule:
-        if data.sequence_length % stage.length:
-            where.fail(
-                ("data", "length_schedule"),
-                f"data.length_schedule: {stage.length} does not divide sequence_length "
-                f"{data.sequence_length}",
-                "use a divisor of it",
-            )

@@ -13,6 +13,7 @@ CONTEXT.set_forkserver_preload(
     [
         "pytest",
         "titans_pretrain.model.modeling_titans",
+        "titans_pretrain.parallel.tensor_layers",
         "titans_pretrain.train.worker",
         "deepspeed",
     ]

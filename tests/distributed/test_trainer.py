@@ -9,11 +9,15 @@ import torch
 from ranks import run_ranks
 
 from titans_pretrain import cli, config
+from titans_pretrain.checkpoint.format import newest_good, read_state
+from titans_pretrain.checkpoint.load import read_tensors
 from titans_pretrain.errors import StoppedEarly, TitansError, UserError
 from titans_pretrain.parallel import devices, mesh
+from titans_pretrain.parallel.parallelize import Parallel
+from titans_pretrain.train.build import open_data
 from titans_pretrain.train.directory import RunDirectory
 from titans_pretrain.train.signals import StopRequest
-from titans_pretrain.train.trainer import Trainer, open_data
+from titans_pretrain.train.trainer import Trainer
 
 WORDS = ("who", "what", "when", "river", "wave", "time", "test")
 VARIANTS = ("lmm", "mac", "mag", "mal", "transformer")
@@ -38,7 +42,7 @@ def manifest(tmp_path_factory):
     return f"{data}/manifest.json"
 
 
-def configuration(manifest, directory, variant, **train):
+def configuration(manifest, directory, variant, sections=None, **train):
     model = {
         "variant": variant,
         "vocab_size": 300,
@@ -51,7 +55,7 @@ def configuration(manifest, directory, variant, **train):
     extra = {"mac": {"segment_length": 8}, "mag": {"window_size": 8}, "mal": {"window_size": 8}}
     if variant != "transformer":
         model |= memory | extra.get(variant, {})
-    sections = {
+    base = {
         "model": model,
         "data": {
             "manifest": manifest,
@@ -72,7 +76,7 @@ def configuration(manifest, directory, variant, **train):
         },
         "run": {"directory": str(directory)},
     }
-    return config.resolve(sections, source="test")
+    return config.resolve(base | (sections or {}), source="test")
 
 
 def build(settings, data=None):
@@ -80,16 +84,28 @@ def build(settings, data=None):
     devices.from_first(directory.create)
     grid = mesh.plan(devices.ranks(), settings.mesh, settings.train)
     data = data or open_data(settings)
+    checkpointing = settings.train.activation_checkpointing
+    parallel = Parallel(grid, devices.rank(), activation_checkpointing=checkpointing)
     device, stop = torch.device("cpu"), StopRequest()
-    return Trainer(settings, grid, device, data, directory, stop, lambda sentence: None)
+    return Trainer(settings, parallel, device, data, directory, stop, lambda sentence: None)
 
 
-def rows(settings):
-    """A run's rows without what depends on the clock."""
-    build(settings).run()
+def timeless(settings):
+    """A run's rows without what depends on the clock, once all ranks are there."""
+    devices.gather_objects(None)
     lines = RunDirectory(Path(settings.run.directory)).metrics.read_text().splitlines()
     clock = ("seconds", "tokens_per_second")
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def rows(settings, resume=False):
+    """The rows of a run that is trained, or goes on from its newest checkpoint."""
+    trainer = build(settings)
+    if resume:
+        root = Path(settings.run.directory) / "checkpoints"
+        trainer.restore(devices.from_first(lambda: newest_good(root)[0]))
+    trainer.run()
+    return timeless(settings)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -105,14 +121,46 @@ def test_two_ranks_train_a_variant_like_one(manifest, tmp_path, variant):
         assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
+def mesh_of(tensor, sequence):
+    return {"mesh": {"tensor": tensor, "sequence": sequence}}
+
+
+@pytest.mark.parametrize(
+    ("variant", "tensor", "sequence", "count"), [("mac", 2, 2, 4), ("transformer", 1, 2, 2)]
+)
+def test_a_mesh_trains_and_validates_like_one_rank(
+    manifest, tmp_path, variant, tensor, sequence, count
+):
+    one = configuration(manifest, tmp_path / "one", variant, micro_batch_size=4)
+    many = configuration(manifest, tmp_path / "many", variant, mesh_of(tensor, sequence))
+    (expected,) = run_ranks(rows, 1, one)
+    found = run_ranks(rows, count, many)[0]
+    assert [row["step"] for row in found] == [1, 2, 2, 3, 4, 4]
+    for row, other in zip(found, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def test_a_run_goes_on_at_another_mesh(manifest, tmp_path):
+    one = configuration(manifest, tmp_path / "one", "lmm", micro_batch_size=4)
+    (expected,) = run_ranks(rows, 1, one)
+    before = configuration(manifest, tmp_path / "moved", "lmm", steps=2)
+    after = configuration(manifest, tmp_path / "moved", "lmm", mesh_of(2, 1))
+    run_ranks(rows, 2, before)
+    found = run_ranks(rows, 2, after, True)[0]
+    for row, other in zip(found, expected, strict=True):
+        assert row | {"learning_rate": 0} == pytest.approx(
+            other | {"learning_rate": 0}, rel=1e-2, abs=1e-2
+        )
+
+
 def resume_on_other_data(settings):
     trainer = build(settings)
     trainer.run()
-    (saved,) = Path(settings.run.directory).glob("checkpoints/step-*")
+    (path,) = Path(settings.run.directory).glob("checkpoints/step-*")
     data = open_data(settings)
     data.shards.fingerprint = "other"
     with pytest.raises(TitansError, match="the data has fingerprint other, the run began with"):
-        build(settings, data).restore(saved)
+        build(settings, data).restore(path)
 
 
 def test_a_run_cannot_go_on_with_other_data(manifest, tmp_path):
@@ -140,14 +188,13 @@ def test_a_step_without_a_target_is_refused(manifest, tmp_path):
 
 def validate_to_nan(settings):
     trainer = build(settings)
-    summed = trainer._summed_loss
+    evaluate = trainer._passes.evaluate
 
-    def broken(tokens, mask):
-        loss = summed(tokens, mask)
-        broken_here = devices.rank() == 1 and not trainer._engine._engine.module.training
-        return loss * float("nan") if broken_here else loss
+    def broken(batch):
+        loss, count = evaluate(batch)
+        return loss * (float("nan") if devices.rank() == 1 else 1.0), count
 
-    trainer._summed_loss = broken
+    trainer._passes.evaluate = broken
     with pytest.raises(TitansError, match="the validation loss is nan at step 2") as caught:
         trainer.run()
     assert caught.value.where == "rank 1; data position 256"
@@ -163,19 +210,139 @@ def train_on_an_infinite_gradient(settings):
     trainer = build(settings)
     backward = trainer._engine.backward
 
-    def broken(loss):
-        backward(loss * float("inf") if devices.rank() == 1 else loss)
+    def broken(loss, micro_batch):
+        backward(loss * float("inf") if devices.rank() == 1 else loss, micro_batch)
 
     trainer._engine.backward = broken
     with pytest.raises(TitansError, match="gradient norm is not finite at step 1") as caught:
         trainer.run()
-    assert caught.value.where == "all ranks; data position 0"
+    assert caught.value.where == "rank 1; data position 0"
+    assert events(settings) == [(1, "stop", "the gradient norm is not finite")]
     return not list(Path(settings.run.directory).glob("checkpoints/step-*"))
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_not_saved(manifest, tmp_path):
     settings = configuration(manifest, tmp_path, "transformer")
     assert run_ranks(train_on_an_infinite_gradient, 2, settings) == [True, True]
+
+
+class Crash(Exception):
+    """Stands for the death of all ranks."""
+
+
+def poisoned(settings, positions, crash_at=None):
+    """A trainer whose second rank has no finite loss at these data positions."""
+    trainer = build(settings)
+    train = trainer._passes.train
+
+    def broken(batch, valid):
+        if trainer._position == crash_at:
+            raise Crash
+        losses = train(batch, valid)
+        bad = trainer._position in positions and devices.rank() == 1
+        return [losses[0], *(float("nan") for _ in losses[1:])] if bad else losses
+
+    trainer._passes.train = broken
+    return trainer
+
+
+def guarded(manifest, directory, policy, every=1, steps=6, **guard):
+    sections = {"guard": {"policy": policy, **guard}, "checkpoint": {"every": every, "keep": 9}}
+    return configuration(
+        manifest, directory, "transformer", sections, steps=steps, validation_every=0
+    )
+
+
+def events(settings):
+    """Step, kind and reason of the guard's decisions."""
+    found = timeless(settings)
+    return [(row["step"], row["event"], row["reason"]) for row in found if "event" in row]
+
+
+def saved(settings, step):
+    """Tensors and state of a checkpoint."""
+    path = Path(settings.run.directory) / "checkpoints" / f"step-{step}"
+    return dict(read_tensors(path, "")), read_state(path)
+
+
+def same_outcome(straight, broken, step):
+    """Whether two runs told the same and ended in the same state, to the bit."""
+    for row, other in zip(timeless(broken), timeless(straight), strict=True):
+        assert row == other, f"{row} instead of {other}"
+    (expected, facts), (found, other_facts) = saved(straight, step), saved(broken, step)
+    assert other_facts == facts
+    assert found.keys() == expected.keys()
+    return all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def crash_and_resume(settings, positions, crash_at):
+    with pytest.raises(Crash):
+        poisoned(settings, positions, crash_at).run()
+    again = poisoned(settings, positions)
+    path, _ = devices.from_first(lambda: newest_good(Path(settings.run.directory) / "checkpoints"))
+    again.restore(path)
+    again.run()
+
+
+def skip_steps(straight, broken):
+    poisoned(straight, {256}).run()
+    crash_and_resume(broken, {256}, 512)
+    found = timeless(straight)
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6, 6]
+    assert [row["step"] for row in found if "skipped" in row] == [3]
+    skipped = found[2]
+    assert skipped["skipped"] == "the loss is nan"
+    assert skipped["where"] == "rank 1 (micro-batch 1)"
+    assert "loss" not in skipped
+    assert skipped["tokens"] == 384
+    assert saved(straight, 6)[1]["updates"] == 5
+    tensors, before = saved(straight, 3)[0], saved(straight, 2)[0]
+    assert all(torch.equal(tensors[name], before[name]) for name in before)
+    return same_outcome(straight, broken, 6)
+
+
+def test_a_bad_step_is_skipped_and_a_resume_goes_on_as_if_never_stopped(manifest, tmp_path):
+    runs = [guarded(manifest, tmp_path / name, "skip") for name in ("straight", "broken")]
+    assert run_ranks(skip_steps, 2, *runs) == [True, True]
+
+
+def roll_back(straight, broken, tokens):
+    poisoned(straight, {4 * 128, 5 * 128}).run()
+    crash_and_resume(broken, {4 * 128, 5 * 128}, 7 * 128)
+    found = timeless(straight)
+    assert [row.get("event", row["step"]) for row in found] == ["rollback", *range(1, 7), 6]
+    event, first = found[:2]
+    assert (event["step"], event["from_step"], event["position"]) == (0, 3, 6 * 128)
+    assert event["reason"] == "the loss is nan"
+    assert event["where"].startswith("rank 1 (micro-batch 1); data position 640")
+    assert event["bad"] == 2
+    assert first["tokens"] == 7 * 128
+    assert found[-2]["tokens"] == tokens
+    return same_outcome(straight, broken, 6)
+
+
+def test_a_run_goes_back_behind_bad_batches_and_a_resume_keeps_the_decision(manifest, tmp_path):
+    runs = [
+        guarded(manifest, tmp_path / name, "rollback", every=2, rollback_steps=2)
+        for name in ("straight", "broken")
+    ]
+    assert run_ranks(roll_back, 2, *runs, 12 * 128) == [True, True]
+
+
+def give_up(settings):
+    with pytest.raises(TitansError, match="the loss is nan, bad step 3 in a row at step") as caught:
+        poisoned(settings, {128 * n for n in range(100)}).run()
+    assert caught.value.where.startswith("rank 1 (micro-batch 1); data position ")
+    assert caught.value.exit_code == 1
+    return [row.get("event", "skipped" in row) for row in timeless(settings)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"), [("skip", [True, True, "stop"]), ("rollback", ["rollback"] * 2 + ["stop"])]
+)
+def test_bad_steps_in_a_row_stop_the_run(manifest, tmp_path, policy, told):
+    settings = guarded(manifest, tmp_path, policy)
+    assert run_ranks(give_up, 2, settings) == [told, told]
 
 
 def stop_in_a_validation(settings):

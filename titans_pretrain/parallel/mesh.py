@@ -141,8 +141,10 @@ class Mesh:
         """What the left-out rows would show."""
         if self.ranks <= WHOLE_TABLE:
             return
-        yield f"tensor groups: {_described(self.tensor_groups())}"
-        yield f"data groups: {_described(self.data_groups())}"
+        for kind, first in (("tensor", self.tensor_group(0)), ("data", self.data_group(0))):
+            size = len(first)
+            each = f" of {size} ranks each" if size > 1 else ", each rank alone"
+            yield f"{kind} groups: {self.ranks // size}{each}; the first is {_named(first)}"
         if self.sequence > 1:
             yield (
                 f"states go from rank n to n + {self.tensor * self.data}, "
@@ -202,12 +204,14 @@ def _either(values: Sequence[int]) -> str:
 
 
 def _other_shape(ranks: int, mesh: MeshSection, train: TrainSection) -> str:
-    """The tensor and sequence sizes nearest to those asked for that ranks and batch fit."""
-    divisors = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    """The tensor and sequence sizes nearest to those asked for that ranks and batch fit.
+
+    Only divisors of those asked for: what can be shared by six ranks can be by two.
+    """
     shapes = [
         (tensor, sequence)
-        for tensor in divisors
-        for sequence in divisors
+        for tensor in _divisors(mesh.tensor, ranks)
+        for sequence in _divisors(mesh.sequence, ranks)
         if ranks % (tensor * sequence) == 0
         and train.global_batch_size * tensor * sequence % (ranks * train.micro_batch_size) == 0
     ]
@@ -218,6 +222,10 @@ def _other_shape(ranks: int, mesh: MeshSection, train: TrainSection) -> str:
         key=lambda shape: (abs(shape[0] - mesh.tensor) + abs(shape[1] - mesh.sequence), shape),
     )
     return f", or keep {ranks} with mesh.tensor={tensor} mesh.sequence={sequence}"
+
+
+def _divisors(value: int, at_most: int) -> list[int]:
+    return [n for n in range(1, min(value, at_most) + 1) if value % n == 0]
 
 
 def _fitting_ranks(ranks: int, share: int, train: TrainSection) -> int | None:
@@ -238,9 +246,3 @@ def _named(members: Sequence[int]) -> str:
     if len(members) > SHOWN_AT_EACH_END:
         return f"{members[0]} {members[1]} … {members[-1]}"
     return " ".join(map(str, members))
-
-
-def _described(groups: Sequence[Sequence[int]]) -> str:
-    size = len(groups[0])
-    members = f" of {size} ranks each" if size > 1 else ", each rank alone"
-    return f"{len(groups)}{members}; the first is {_named(groups[0])}"

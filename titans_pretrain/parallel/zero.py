@@ -1,12 +1,16 @@
-"""DeepSpeed ZeRO-3 behind a small interface; the only module that knows DeepSpeed's insides.
+"""DeepSpeed ZeRO-3 behind a small interface.
 
 DeepSpeed ignores unknown settings, skips steps and averages over the wrong ranks without a word,
-so its settings are made and checked here, and the first step of every process is verified.
+so its settings are made and checked in ``zero_settings``, and the first step of every process is
+verified in ``first_step``. Only these three modules know DeepSpeed's insides.
+
+Per step: forward and backward of every micro-batch, in any order in which a backward pass follows
+its forward pass; then ``gradient_norm``; then ``step`` or ``discard``.
 """
 
-import logging
-import warnings
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,169 +19,68 @@ from torch import nn
 
 from titans_pretrain.config import TrainSection
 from titans_pretrain.errors import TitansError
-from titans_pretrain.parallel import devices
-from titans_pretrain.parallel.mesh import Mesh
+from titans_pretrain.parallel import tensor
+from titans_pretrain.parallel.first_step import FirstStepProbe
+from titans_pretrain.parallel.parallelize import Parallel
 from titans_pretrain.parallel.shards import FlatShard
-
-KNOWN_SETTINGS = frozenset(
-    {
-        "bf16",
-        "communication_data_type",
-        "data_types",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "steps_per_print",
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "zero_allow_untested_optimizer",
-        "zero_optimization",
-    }
+from titans_pretrain.parallel.zero_settings import (
+    DataParallelUnit,
+    check_groups,
+    check_settings,
+    check_unit,
+    deepspeed_settings,
+    import_deepspeed,
 )
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET_ELEMENTS = 100_000_000
-PERSISTENT_ELEMENTS = 100_000
-GRADIENT_TOLERANCE = 1e-3
-
-
-def deepspeed_settings(train: TrainSection, mesh: Mesh, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for a run.
-
-    Args:
-        train: the optimization.
-        mesh: the grid of ranks.
-        parameters: elements of the model; no bucket is larger.
-    """
-    bucket = min(BUCKET_ELEMENTS, parameters)
-    settings: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": mesh.accumulation(train),
-        "gradient_clipping": train.gradient_clip,
-        "steps_per_print": 2**31,
-        "zero_allow_untested_optimizer": True,
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": bucket,
-            "stage3_prefetch_bucket_size": bucket,
-            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
-            "stage3_max_live_parameters": 10 * BUCKET_ELEMENTS,
-            "stage3_max_reuse_distance": 10 * BUCKET_ELEMENTS,
-            "sub_group_size": 10 * BUCKET_ELEMENTS,
-            "memory_efficient_linear": False,
-            "log_trace_cache_warnings": True,
-        },
-    }
-    if train.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-    return settings
-
-
-def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse top-level keys that DeepSpeed would ignore (it checks nested ones itself).
-
-    Raises:
-        TitansError: an unknown key.
-    """
-    for key in sorted(set(settings) - KNOWN_SETTINGS):
-        raise TitansError(
-            f"DeepSpeed would ignore the setting {key!r}",
-            where="settings for DeepSpeed",
-            fix=f"use {', '.join(sorted(KNOWN_SETTINGS))}",
-        )
-
-
-class DataParallelUnit:
-    """The ``mpu`` DeepSpeed asks for groups: data-parallel ones only.
-
-    A sequence-parallel group is never offered: DeepSpeed would shard parameters over one group
-    and reduce their gradients over another.
-    """
-
-    def __init__(self, mesh: Mesh, rank: int) -> None:
-        if mesh.tensor != 1:
-            raise ValueError("parameters split over tensor ranks are not supported")
-        self._ranks = mesh.data_group(rank)
-        self._index = mesh.coordinates(rank)[1]
-        self._group, _ = dist.new_subgroups_by_enumeration(
-            [list(group) for group in mesh.data_groups()]
-        )
-
-    def get_data_parallel_group(self) -> Any:
-        """The group that shards the parameters and reduces the gradients."""
-        return self._group
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        """Its ranks."""
-        return list(self._ranks)
-
-    def get_data_parallel_rank(self) -> int:
-        """This rank's place in it."""
-        return self._index
-
-    def get_data_parallel_world_size(self) -> int:
-        """Its size."""
-        return len(self._ranks)
-
-    def get_model_parallel_group(self) -> None:
-        """No layer is split."""
-
-    def get_model_parallel_rank(self) -> int:
-        """No layer is split."""
-        return 0
-
-    def get_model_parallel_world_size(self) -> int:
-        """No layer is split."""
-        return 1
-
-    get_tensor_model_parallel_group = get_model_parallel_group
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_pipeline_model_parallel_world_size = get_model_parallel_world_size
+NORM_ELEMENTS = 1 << 20
+INVALID_NORM = -1.0  # DeepSpeed's own sign for a norm that is not finite: it skips the step
 
 
 class ZeroEngine:
     """A model whose parameters, gradients and Adam moments are sharded over the data ranks.
 
-    Gradients are averaged over data ranks: a rank's loss is its share of the global loss times
-    the number of data ranks (``train/loss.py``). Each optimizer step is
-    ``mesh.accumulation(train)`` times ``forward`` and ``backward``, then ``step``.
+    Gradients are averaged over data ranks and summed over sequence ranks: a rank's loss is its
+    share of the global loss times the number of data ranks (``train/loss.py``). Each optimizer
+    step takes ``mesh.accumulation(train)`` micro-batches.
 
     Args:
-        model: a Hugging Face causal language model in float32, with equal weights on every rank.
+        model: a Hugging Face causal language model in float32, with equal weights on every rank;
+            or one that ``construct`` has sharded already.
         optimizer: AdamW over the model's parameters.
         train: the optimization.
-        mesh: the grid of ranks.
+        parallel: the mesh, applied to the model already.
         device: where this rank computes.
 
     Raises:
         TitansError: DeepSpeed did not do as planned.
     """
 
+    _backwards: int
+    _norm: float | None
+    _tracing: bool
+    _seen_own: bool
+
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.AdamW,
         train: TrainSection,
-        mesh: Mesh,
+        parallel: Parallel,
         device: torch.device,
     ) -> None:
-        self._accumulation = mesh.accumulation(train)
-        self._backwards = 0
-        self._device = device
-        self._probe: _FirstStepProbe | None = None
+        self._parallel, self._groups, self._device = parallel, parallel.groups, device
+        self._mesh = self._groups.mesh
+        self._accumulation = self._mesh.accumulation(train)
         if train.activation_checkpointing:
             enable: Any = model.gradient_checkpointing_enable
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        elements = sum(parameter.numel() for parameter in model.parameters())
-        settings = deepspeed_settings(train, mesh, elements)
+        elements = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        settings = deepspeed_settings(train, self._mesh, elements)
         check_settings(settings)
-        unit = DataParallelUnit(mesh, devices.rank())
-        deepspeed = _import_deepspeed()
+        unit = DataParallelUnit(self._groups)
+        check_unit(unit)
+        deepspeed = import_deepspeed()
         _gather_by_block(model)
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model.to(device),
@@ -186,16 +89,26 @@ class ZeroEngine:
             mpu=unit,
             dist_init_required=False,
         )
-        self._parameters = dict(self._engine.module.named_parameters())
-        self._data_rank, self._data_ranks = mesh.coordinates(devices.rank())[1], mesh.data
-        self._check_groups(unit.get_data_parallel_group_ranks())
+        self._parameters: dict[str, Any] = dict(self._engine.module.named_parameters())
+        check_groups(self._parameters, unit.get_data_parallel_group_ranks())
+        self._own_steps()
         self._create_moments()
-        self._probe = _FirstStepProbe(self, fresh=True)
+        self._counted = [self._gradients[start:stop] for start, stop in self._counted_ranges()]
+        self._begin_step()
+        self._probe: FirstStepProbe | None = FirstStepProbe(self, fresh=True)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, time, vocabulary) of token ids (batch, time)."""
-        training = self._engine.module.training
-        with torch.set_grad_enabled(training and torch.is_grad_enabled()):
+    def forward(self, input_ids: torch.Tensor, micro_batch: int = 0) -> torch.Tensor:
+        """Logits (batch, time, vocabulary / tensor ranks) of token ids (batch, time).
+
+        Args:
+            input_ids: this rank's span.
+            micro_batch: which of the step's; its backward pass must name the same.
+        """
+        training = self._engine.module.training and torch.is_grad_enabled()
+        if not (training and self._tracing):
+            self._coordinator.reset_step()
+            self._tracing = training
+        with torch.set_grad_enabled(training), self._place("forward", micro_batch, training):
             logits: torch.Tensor = self._engine(input_ids=input_ids, use_cache=False).logits
         return logits
 
@@ -203,45 +116,80 @@ class ZeroEngine:
         """Train mode, or evaluation."""
         self._engine.train(mode)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: torch.Tensor, micro_batch: int = 0) -> None:
         """Add the gradients of one micro-batch's loss."""
         if self._backwards == self._accumulation:
             raise TitansError(f"more than {self._accumulation} micro-batches before a step")
-        self._engine.backward(loss, scale_wrt_gas=False)
+        # DeepSpeed counts micro-batches in forward, which may come before another one's backward.
+        self._zero.clear_backward_seen_flag()
+        self._zero.micro_step_id = self._backwards
+        with self._place("backward", micro_batch, True):
+            self._engine.backward(loss, scale_wrt_gas=False)
         self._backwards += 1
-        if self._backwards < self._accumulation:
-            self._engine.step()  # counts the micro-batch; updates nothing
 
-    def step(self, learning_rate: float) -> float:
-        """Update the parameters; returns the global gradient norm before clipping.
+    def gradient_norm(self) -> float:
+        """Reduce the step's gradients fully; the global norm before clipping, inf if not finite.
 
-        A norm that is not finite means that no parameter has changed.
+        Every element counts once, whatever ranks hold it. The same on all ranks, to the last bit.
 
         Raises:
             TitansError: micro-batches are missing, or the first step failed its check.
         """
-        if self._backwards != self._accumulation:
-            raise TitansError(f"{self._backwards} of {self._accumulation} micro-batches at a step")
-        self._backwards = 0
+        if self._norm is None:
+            if self._backwards != self._accumulation:
+                raise TitansError(
+                    f"{self._backwards} of {self._accumulation} micro-batches at a step"
+                )
+            self._parallel.links.drain()
+            self._sum_over_sequence()
+            if self._probe:
+                self._probe.check_gradient()
+            self._norm = self._global_norm()
+        return self._norm
+
+    def step(self, learning_rate: float) -> float:
+        """Update the parameters; returns ``gradient_norm()``.
+
+        A norm that is not finite means that nothing has changed.
+
+        Raises:
+            TitansError: see ``gradient_norm``.
+        """
+        norm = self.gradient_norm()
+        if norm == float("inf"):
+            self.discard()
+            return norm
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._probe:
-            self._probe.check_gradient()
-        self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        if not self._engine.was_step_applied():
-            return float("inf")
+        self._finish(norm)
         if self._probe:
             self._probe.check_update(learning_rate)
             self._probe = None
         return norm
 
+    def discard(self) -> None:
+        """Forget the step's gradients; parameters, moments and Adam's step stay as they are."""
+        self.gradient_norm()
+        self._finish(INVALID_NORM)
+        self._gather_persistent()
+        if self._probe:
+            self._probe.remove()
+            self._probe = FirstStepProbe(self, fresh=self._probe.fresh)
+
+    def gradients(self) -> list[FlatShard]:
+        """This rank's parts of the reduced gradients, float32; from ``gradient_norm`` to a step."""
+        if self._norm is None:
+            raise ValueError("the gradients are not reduced yet: call gradient_norm() first")
+        return [self.part("gradients", name) for name in self._parameters]
+
+    def own_gradient_finite(self) -> bool:
+        """Whether the gradients this rank itself had in the newest step, unreduced, were finite."""
+        return bool(torch.isfinite(self._own_sum))
+
     def shards(self) -> list[FlatShard]:
         """This rank's parts of parameters and moments: float32 views of the live state."""
         return [
-            self._shard(prefix, name)
-            for name in self._parameters
-            for prefix in ("parameters", *MOMENTS)
+            self.part(kind, name) for name in self._parameters for kind in ("parameters", *MOMENTS)
         ]
 
     def restore(self, step: int) -> None:
@@ -255,22 +203,77 @@ class ZeroEngine:
         for group in range(len(self._zero.fp32_partitioned_groups_flat)):
             # The working copy follows the float32 master only after a step.
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
-        if self._zero.persistent_parameters:
-            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+        self._gather_persistent()
         if self._probe:
             self._probe.remove()
-        self._probe = _FirstStepProbe(self, fresh=step == 0)
+        self._probe = FirstStepProbe(self, fresh=step == 0)
 
-    def _shard(self, prefix: str, name: str) -> FlatShard:
+    def part(self, kind: str, name: str) -> FlatShard:
+        """This rank's part of one tensor, a view of the live one.
+
+        Args:
+            kind: ``"parameters"``, ``"exp_avg"``, ``"exp_avg_sq"`` or ``"gradients"``.
+            name: of the parameter.
+        """
         parameter = self._parameters[name]
-        key = None if prefix == "parameters" else prefix
-        part = self._zero.get_local_fp32_param(parameter, key).detach()
-        size, elements = parameter.ds_tensor.ds_numel, parameter.ds_numel
-        start = min(self._data_rank * size, elements)
+        group, first, size = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        flat = self._zero.fp32_partitioned_groups_flat[group]
+        if kind == "gradients":
+            whole = self._gradient_groups[group]
+        else:
+            whole = flat if kind == "parameters" else self._zero.optimizer.state[flat][kind]
+        elements = parameter.ds_numel
+        start = min(self._groups.data_rank * size, elements)
         stop = min(start + size, elements)
-        return FlatShard(
-            f"{prefix}/{name}", tuple(parameter.ds_shape), start, stop, part[: stop - start]
+        part = whole.detach()[first : first + stop - start]
+        shape, offsets, sizes = tensor.logical(parameter, self._groups)
+        return FlatShard(f"{kind}/{name}", shape, start, stop, part, offsets, sizes)
+
+    def destroy(self) -> None:
+        """Take DeepSpeed's hooks off the model and let go of its buffers."""
+        if self._probe:
+            self._probe.remove()
+        for hook in self._own_hooks:
+            hook.remove()
+        self._engine.destroy()
+
+    def _own_steps(self) -> None:
+        """Take over what DeepSpeed would do by counting forward passes."""
+        from deepspeed.runtime.zero import partitioned_param_coordinator
+
+        self._engine.set_gradient_accumulation_boundary(False)  # ``_finish`` is the boundary
+        # One trace a step, not a forward pass: passes of other micro-batches may lie between.
+        self._zero.parameter_offload.fwd_pre_hook.remove()
+        self._coordinator = self._zero.parameter_offload.get_param_coordinator()
+        # DeepSpeed compares with global rank 0; sequence ranks rightly differ from each other.
+        partitioned_param_coordinator.assert_ints_same_as_other_ranks = functools.partial(
+            check_same_trace, self._groups.data
         )
+        self._gradients: torch.Tensor = self._zero.grad_partitions_flat_buffer
+        sizes = [flat.numel() for flat in self._zero.fp32_partitioned_groups_flat]
+        self._gradient_groups = self._gradients.split(sizes)
+        if self._zero.offload_optimizer:
+            for flat, part in zip(
+                self._zero.fp32_partitioned_groups_flat, self._gradient_groups, strict=True
+            ):
+                flat.grad = part  # where DeepSpeed would copy it to at a boundary
+        self._own_sum = torch.zeros((), dtype=torch.float32, device=self._device)
+        self._own_hooks = [
+            parameter.register_hook(self._add_own) for parameter in self._parameters.values()
+        ]
+
+    def _add_own(self, gradient: torch.Tensor) -> None:
+        """One read of a gradient, without waiting for the device."""
+        if not self._backwards and not self._seen_own:
+            self._own_sum.zero_()
+            self._seen_own = True
+        self._own_sum += gradient.sum(dtype=torch.float32)
+
+    def _begin_step(self) -> None:
+        self._gradients.zero_()  # a parameter may have no gradient on this rank
+        self._backwards = 0
+        self._norm = None
+        self._tracing = self._seen_own = False
 
     def _create_moments(self) -> None:
         """Adam's state now instead of at the first step, so that it can be restored into."""
@@ -280,84 +283,84 @@ class ZeroEngine:
             state["exp_avg"] = torch.zeros_like(flat)
             state["exp_avg_sq"] = torch.zeros_like(flat)
 
-    def _check_groups(self, planned: Sequence[int]) -> None:
-        for name, parameter in self._parameters.items():
-            found = dist.get_process_group_ranks(parameter.ds_process_group)
-            if found != list(planned):
-                raise TitansError(
-                    f"DeepSpeed shards {name} over ranks {found}, planned are {list(planned)}",
-                    where="start of training",
-                    fix="use the deepspeed version in pyproject.toml",
-                )
+    def _counted_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of the gradient buffer that this rank counts in the norm.
+
+        Sequence ranks hold the same gradients, tensor ranks those of parameters not split.
+        """
+        ranges: list[tuple[int, int]] = []
+        if self._groups.sequence_rank:
+            return ranges
+        stop = 0
+        for group in self._zero.fp16_groups:
+            for parameter in group:
+                start, stop = stop, stop + parameter.partition_numel()
+                split = getattr(parameter, "tensor_model_parallel", False)
+                if not (split or self._groups.tensor_rank == 0):
+                    continue
+                if ranges and ranges[-1][1] == start:
+                    start = ranges.pop()[0]
+                ranges.append((start, stop))
+        return ranges
+
+    def _sum_over_sequence(self) -> None:
+        """THE reduction over sequence ranks: once a step, of the gradients as sharded."""
+        if self._mesh.sequence > 1:
+            dist.all_reduce(self._gradients, group=self._groups.sequence)
+
+    def _global_norm(self) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self._gradients.device)
+        for part in self._counted:
+            whole = part.numel() // NORM_ELEMENTS * NORM_ELEMENTS
+            for rows in (part[:whole].view(-1, NORM_ELEMENTS), part[None, whole:]):
+                total += torch.linalg.vector_norm(rows, dim=1).double().square().sum()
+        dist.all_reduce(total)
+        norm = float(total.sqrt().float())
+        return norm if norm < float("inf") else float("inf")
+
+    def _finish(self, norm: float) -> None:
+        """DeepSpeed's step with a norm, for clipping; it changes nothing if that is INVALID_NORM.
+
+        A norm of DeepSpeed's own could differ from rank to rank in its last bit, and clipping by
+        it would drive replicas apart.
+        """
+        self._zero._get_norm_groups = lambda: [torch.tensor(norm)]
+        self._zero.step()
+        self._begin_step()
+
+    def _gather_persistent(self) -> None:
+        """Small parameters stay gathered; DeepSpeed does so after a step of its own."""
+        if self._zero.persistent_parameters:
+            self._zero.persistent_parameters[0].all_gather(self._zero.persistent_parameters)
+
+    @contextlib.contextmanager
+    def _place(self, phase: str, micro_batch: int, training: bool) -> Iterator[None]:
+        """Tell the watch where the rank is, and what a recomputed block received in forward."""
+        if not training:
+            yield
+            return
+        replay = self._parallel.replay
+        kept = replay.recording if phase == "forward" else replay.recomputing
+        self._parallel.whereabouts.enter(phase, micro_batch=micro_batch)
+        with kept(micro_batch):
+            yield
 
 
-class _FirstStepProbe:
-    """Follows one parameter through the first step of the real engine.
+def check_same_trace(group: Any, trace: Sequence[int]) -> None:
+    """Refuse ranks that walk the model in different orders: their gathers would be mixed up.
 
-    Its reduced gradient must be the mean of the ranks' own gradients, taken by a hook and reduced
-    by hand, and the step must take it into Adam's moments and, where it can be seen, change it.
+    Raises:
+        TitansError: on all ranks of the group alike.
     """
-
-    def __init__(self, engine: ZeroEngine, *, fresh: bool) -> None:
-        self._engine, self._fresh = engine, fresh
-        names = sorted(engine._parameters, key=lambda name: engine._parameters[name].ds_numel)
-        vectors = [name for name in names if len(engine._parameters[name].ds_shape) == 1]
-        self._name = (vectors or names)[0]
-        parameter = engine._parameters[self._name]
-        self._own = torch.zeros(
-            tuple(parameter.ds_shape), dtype=torch.float32, device=engine._device
+    traces: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(traces, list(trace), group=group)
+    if any(other != traces[0] for other in traces):
+        raise TitansError(
+            "the ranks that shard the parameters together call the model's layers in different "
+            f"orders: {', '.join(str(len(other)) for other in traces)} calls",
+            where=f"check of the first steps, ranks {dist.get_process_group_ranks(group)}",
+            fix="give all data ranks the same number of micro-batches of one shape",
         )
-        self._before = engine._shard("parameters", self._name).tensor.clone()
-        self._moment = engine._shard("exp_avg", self._name).tensor.clone()
-        self._moved = 0.0
-        self._hook = parameter.register_hook(self._add_own)
-
-    def _add_own(self, gradient: torch.Tensor) -> None:
-        self._own += gradient.float()
-
-    def remove(self) -> None:
-        self._hook.remove()
-
-    def check_gradient(self) -> None:
-        self.remove()
-        engine = self._engine
-        parameter = engine._parameters[self._name]
-        dist.all_reduce(self._own, group=parameter.ds_process_group)
-        part = engine._shard("parameters", self._name)
-        mean = self._own.flatten()[part.start : part.stop] / engine._data_ranks
-        found = engine._zero.get_local_fp32_grad_for_param(parameter).flatten()
-        found = found[: part.stop - part.start]
-        scale = float(self._own.abs().max()) / engine._data_ranks
-        wrong = bool((found - mean).abs().gt(GRADIENT_TOLERANCE * scale).any())
-        self._moved = scale
-        if any(devices.gather_objects(wrong)):
-            raise TitansError(
-                f"the reduced gradient of {self._name} is not the mean over the data ranks",
-                where="check of the first step",
-                fix="use the deepspeed version in pyproject.toml; nothing was trained or saved",
-            )
-
-    def check_update(self, learning_rate: float) -> None:
-        engine = self._engine
-        weights = engine._shard("parameters", self._name).tensor
-        moment = engine._shard("exp_avg", self._name).tensor
-        changed = bool((weights != self._before).any())
-        taken = bool((moment != self._moment).any())
-        found = devices.gather_objects((changed, taken, self._is_visible(learning_rate)))
-        changed, taken, visible = (any(column) for column in zip(*found, strict=True))
-        if self._moved > 0 and (not taken or (visible and not changed)):
-            raise TitansError(
-                f"the optimizer step did not change {self._name} though it has a gradient",
-                where="check of the first step",
-                fix="use the deepspeed version in pyproject.toml; nothing was saved",
-            )
-
-    def _is_visible(self, learning_rate: float) -> bool:
-        """Whether Adam's first update, about the learning rate, exceeds the weights' spacing."""
-        largest = float(self._before.abs().max()) if self._before.numel() else 0.0
-        spacing = torch.finfo(torch.float32).eps * largest
-        epsilon = self._engine._zero.optimizer.param_groups[0]["eps"]
-        return self._fresh and learning_rate > 8 * spacing and self._moved > 1e3 * epsilon
 
 
 def _gather_by_block(model: nn.Module) -> None:
@@ -368,17 +371,3 @@ def _gather_by_block(model: nn.Module) -> None:
     blocks = {type(module) for module in model.modules() if type(module).__name__ in names}
     if blocks:
         set_z3_leaf_modules(model, list(blocks))
-
-
-def _import_deepspeed() -> Any:
-    """DeepSpeed, quiet, with nothing to compile."""
-    warnings.filterwarnings(
-        "ignore", message=r".*torch\.distributed\.\w+` is deprecated", category=FutureWarning
-    )
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a C++ build for inference
-    deepspeed.init_distributed(dist.get_backend(), verbose=False)
-    return deepspeed

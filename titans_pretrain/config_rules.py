@@ -1,0 +1,187 @@
+"""The rules between the sections of a run's configuration, each with its fix. No torch here."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from titans_pretrain.model.fields import WITH_ATTENTION, WITH_MEMORY
+
+if TYPE_CHECKING:
+    from titans_pretrain.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A combination a run cannot have: at which key, what is wrong, how to mend it."""
+
+    key: tuple[str, str]
+    what: str
+    fix: str
+
+
+def problems(config: "RunConfig") -> Iterator[Problem]:
+    """Everything wrong between the values of a run whose values are good one by one."""
+    yield from _steps(config)
+    yield from _lengths(config)
+    yield from _tensor(config)
+    yield from _sequence(config)
+    yield from _guard(config)
+
+
+def grid(model: dict[str, Any]) -> int:
+    """Tokens that sequence ranks cannot share: a chunk, of MAC a segment, of a transformer one."""
+    if model["variant"] == "mac":
+        return int(model["segment_length"])
+    return int(model["chunk_size"]) if model["variant"] in WITH_MEMORY else 1
+
+
+def heads(model: dict[str, Any]) -> dict[str, int]:
+    """The variant's head counts by field."""
+    count = model["num_attention_heads"]
+    found = {"num_attention_heads": count} if model["variant"] in WITH_ATTENTION else {}
+    if model["variant"] in WITH_MEMORY:
+        found["memory_heads"] = model["memory_heads"] or count
+    return found
+
+
+def _steps(config: "RunConfig") -> Iterator[Problem]:
+    train, kept = config.train, config.checkpoint
+    if train.warmup_steps > train.steps:
+        yield Problem(
+            ("train", "warmup_steps"),
+            f"{train.warmup_steps} exceeds train.steps {train.steps}",
+            f"use {train.steps} or less",
+        )
+    if train.global_batch_size % train.micro_batch_size:
+        yield Problem(
+            ("train", "global_batch_size"),
+            f"{train.global_batch_size} is no multiple of micro_batch_size "
+            f"{train.micro_batch_size}",
+            f"use {_above(train.global_batch_size, train.micro_batch_size)}",
+        )
+    if config.run.trace_step > train.steps:
+        yield Problem(
+            ("run", "trace_step"),
+            f"{config.run.trace_step} exceeds train.steps {train.steps}",
+            f"use {train.steps} or less",
+        )
+    if kept.keep_every and not kept.every:
+        yield Problem(
+            ("checkpoint", "keep_every"),
+            f"{kept.keep_every} keeps nothing where checkpoint.every is 0",
+            f"set checkpoint.every to {kept.keep_every} or a divisor of it",
+        )
+    elif kept.keep_every and kept.keep_every % kept.every:
+        yield Problem(
+            ("checkpoint", "keep_every"),
+            f"{kept.keep_every} is no multiple of checkpoint.every {kept.every}",
+            f"use {_either(_next_to(kept.keep_every, kept.every))}",
+        )
+
+
+def _lengths(config: "RunConfig") -> Iterator[Problem]:
+    data, key = config.data, ("data", "length_schedule")
+    starts = [stage.from_step for stage in data.length_schedule]
+    if starts and (starts[0] != 0 or starts != sorted(set(starts))):
+        yield Problem(
+            key,
+            f"stages start at {starts}",
+            "start the first at step 0 and each later one at a larger step",
+        )
+    for stage in data.length_schedule:
+        if data.sequence_length % stage.length:
+            yield Problem(
+                key,
+                f"{stage.length} does not divide sequence_length {data.sequence_length}",
+                "use a divisor of it",
+            )
+
+
+def _tensor(config: "RunConfig") -> Iterator[Problem]:
+    """Tensor ranks hold whole heads and equal slices."""
+    model, ranks = config.model, config.mesh.tensor
+    split = heads(model) | {name: model[name] for name in ("intermediate_size", "vocab_size")}
+    for name, value in split.items():
+        if value % ranks:
+            fitting = _next_to(value, ranks)
+            if name in heads(model):
+                fitting = [n for n in fitting if model["hidden_size"] % n == 0]
+            fixes = [f"mesh.tensor {_largest_divisor(math.gcd(*split.values()), ranks)}"]
+            fixes += [f"model.{name} {_either(fitting)}"] * bool(fitting)
+            yield Problem(
+                ("mesh", "tensor"),
+                f"{ranks} ranks cannot share model.{name} {value} equally",
+                f"use {', or '.join(fixes)}",
+            )
+
+
+def _sequence(config: "RunConfig") -> Iterator[Problem]:
+    """Sequence ranks hold equal spans of whole chunks, segments or, in all-to-all, heads."""
+    model, ranks, unit = config.model, config.mesh.sequence, grid(config.model)
+    if ranks == 1:
+        return
+    lengths = [("sequence_length", config.data.sequence_length)]
+    lengths += [("length_schedule", stage.length) for stage in config.data.length_schedule]
+    common = math.gcd(*(length for _, length in lengths))
+    shares = common // unit if common % unit == 0 else 1
+    if model["variant"] == "transformer":
+        count = model["num_attention_heads"] // config.mesh.tensor
+        shares = math.gcd(shares, count)
+        if count % ranks:
+            yield Problem(
+                ("mesh", "sequence"),
+                f"{ranks} ranks cannot share the {count} attention heads of a tensor rank equally",
+                f"use {_largest_divisor(shares, ranks)}",
+            )
+    of = {"mac": " * segment_length", "transformer": ""}.get(model["variant"], " * chunk_size")
+    for name, length in lengths:
+        if length % (ranks * unit):
+            yield Problem(
+                ("data", name),
+                f"{length} is no multiple of mesh.sequence{of} = {ranks}"
+                + (f" * {unit} = {ranks * unit}" if of else ""),
+                f"use {_either(_next_to(length, ranks * unit))}, "
+                f"or mesh.sequence {_largest_divisor(shares, ranks)}",
+            )
+
+
+def _guard(config: "RunConfig") -> Iterator[Problem]:
+    guard = config.guard
+    for name in ("loss_spike", "gradient_spike"):
+        factor = getattr(guard, name)
+        if 0 < factor <= 1:
+            yield Problem(
+                ("guard", name),
+                f"{factor} would call ordinary steps spikes",
+                "use a factor above 1, such as 2, or 0 to turn it off",
+            )
+    if guard.policy == "rollback" and not config.checkpoint.every:
+        yield Problem(
+            ("guard", "policy"),
+            "rollback has no step to go back to where checkpoint.every is 0",
+            "set checkpoint.every, or use policy skip or stop",
+        )
+    if guard.rollback_steps and guard.policy != "rollback":
+        yield Problem(
+            ("guard", "rollback_steps"),
+            f"policy {guard.policy!r} does not use it",
+            "take it out, or use policy rollback",
+        )
+
+
+def _largest_divisor(value: int, at_most: int) -> int:
+    return next(n for n in range(min(value, at_most), 0, -1) if value % n == 0)
+
+
+def _above(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+def _next_to(value: int, unit: int) -> list[int]:
+    """The multiples of ``unit`` next to ``value``."""
+    return [n for n in (value // unit * unit, _above(value, unit)) if n]
+
+
+def _either(values: Iterable[int]) -> str:
+    return " or ".join(map(str, values))

@@ -1,0 +1,166 @@
+"""What `titans plan` prints: a run's size, its grid of ranks, its steps and what ranks send."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from titans_pretrain.config import RunConfig
+from titans_pretrain.parallel import wavefront
+from titans_pretrain.parallel.mesh import Mesh
+from titans_pretrain.plan import handover, parameters
+
+
+def facts(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """Everything about a run that follows from its configuration and its grid of ranks."""
+    return {
+        "parameters": {"total": parameters.count(config.model), **parameters.parts(config.model)},
+        "mesh": {
+            "ranks": mesh.ranks,
+            "tensor": mesh.tensor,
+            "data": mesh.data,
+            "sequence": mesh.sequence,
+        },
+        "stages": [_stage(config, mesh, step, length) for step, length in _stages(config).items()],
+    }
+
+
+def text(config: RunConfig, mesh: Mesh) -> str:
+    """The same for reading in a terminal."""
+    known = facts(config, mesh)
+    lines = [*_size(config, known["parameters"]), "", mesh.table()]
+    for stage in known["stages"]:
+        lines += ["", *_steps(config, mesh, stage)]
+        if mesh.sequence > 1:
+            lines += _volumes(config, mesh, stage)
+    return "\n".join(lines)
+
+
+def _stages(config: RunConfig) -> dict[int, int]:
+    """First step and sequence length of each stage."""
+    given = {stage.from_step: stage.length for stage in config.data.length_schedule}
+    return given or {0: config.data.sequence_length}
+
+
+def _stage(config: RunConfig, mesh: Mesh, step: int, length: int) -> dict[str, Any]:
+    boundaries = [
+        {
+            "boundary": boundary,
+            **vars(handover.message(config, boundary, length)),
+            "bytes_per_layer_and_step": handover.step_bytes(config, mesh, boundary, length),
+        }
+        for boundary in range(1, mesh.sequence)
+    ]
+    count = mesh.accumulation(config.train)
+    interleaved = mesh.sequence > 1 and wavefront.is_interleaved(config)
+    return {
+        "from_step": step,
+        "sequence_length": length,
+        "span": length // mesh.sequence,
+        "tokens_per_step": config.train.global_batch_size * config.data.sequence_length,
+        "micro_batches": count,
+        "rows_per_micro_batch": handover.rows(config, length),
+        "interleaved": interleaved,
+        "micro_batches_in_flight": min(count, mesh.sequence) if interleaved else 1,
+        "layer_times_per_step": _layer_times(config, mesh),
+        "exchanged_bytes_per_layer_and_pass": handover.exchange_bytes(config, length),
+        "boundaries": boundaries,
+    }
+
+
+def _layer_times(config: RunConfig, mesh: Mesh) -> int:
+    """Times of one layer's forward and backward pass that a step takes on the line of ranks."""
+    layers, count = config.model["num_hidden_layers"], mesh.accumulation(config.train)
+    if config.model["variant"] == "transformer":
+        return int(count * layers)
+    if wavefront.is_interleaved(config):
+        return int(count * layers + mesh.sequence - 1)
+    return int(count * (layers + mesh.sequence - 1))
+
+
+def _size(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
+    model = config.model
+    name = config.run.name or config.run.directory
+    yield f"{name}: {model['variant']}, {sizes['total']:,} parameters"
+    layers = model["num_hidden_layers"]
+    block = ", ".join(
+        f"{part.replace('_', ' ')} {elements:,}"
+        for part, elements in parameters.block(model).items()
+        if elements
+    )
+    yield f"  embedding {sizes['embedding']:,}" + (
+        f", head {sizes['head']:,}" if sizes["head"] else ", which is the head too"
+    )
+    yield f"  {layers} block{'s' * (layers > 1)} of {sizes['blocks'] // layers:,}:"
+    yield f"    {block}"
+
+
+def _steps(config: RunConfig, mesh: Mesh, stage: Mapping[str, Any]) -> Iterator[str]:
+    count, rows = stage["micro_batches"], stage["rows_per_micro_batch"]
+    yield (
+        f"from step {stage['from_step']}: sequences of {stage['sequence_length']:,} tokens"
+        + f", spans of {stage['span']:,}" * (mesh.sequence > 1)
+        + f"; {stage['tokens_per_step']:,} tokens a step"
+    )
+    yield (
+        f"  {count} micro-batch{'es' * (count > 1)} a rank, "
+        f"each of {rows} sequence{'s' * (rows > 1)}"
+        + (
+            f", interleaved: the first sequence rank keeps {stage['micro_batches_in_flight']} "
+            "at a time, the last 1"
+            if stage["interleaved"]
+            else ", one after another"
+        )
+    )
+    layers = config.model["num_hidden_layers"]
+    if mesh.sequence > 1 and config.model["variant"] != "transformer":
+        yield (
+            f"  a step takes {stage['layer_times_per_step']} layer times; ranks that waited for "
+            f"each other layer by layer would take {count * layers * mesh.sequence}"
+        )
+
+
+def _volumes(config: RunConfig, mesh: Mesh, stage: Mapping[str, Any]) -> Iterator[str]:
+    if config.model["variant"] == "transformer":
+        sent = stage["exchanged_bytes_per_layer_and_pass"]
+        yield (
+            f"  a rank sends {_bytes(sent)} a layer and pass to the others of its sequence, "
+            f"{_bytes(2 * stage['micro_batches'] * sent)} a layer and step"
+        )
+        return
+    yield "  bytes a layer and tensor rank:"
+    heads = ("between sequence ranks", "state", "convolution", "window", "step, both ways")
+    rows = [heads, *_rows(stage["boundaries"])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for first, *rest in rows:
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
+        yield "    " + "  ".join([first.ljust(widths[0]), *cells])
+    reach = handover.free_of_length(config.model)
+    if stage["span"] >= reach:
+        yield "  the same for sequences of any length in micro-batches of as many sequences"
+    else:
+        yield f"  grows with the sequence until spans have {reach:,} tokens"
+
+
+def _rows(boundaries: list[dict[str, int]]) -> Iterator[tuple[str, ...]]:
+    """A row for each run of boundaries with equal volumes."""
+    runs: list[tuple[int, dict[str, int]]] = []
+    for one in boundaries:
+        if not runs or _volume(runs[-1][1]) != _volume(one):
+            runs.append((one["boundary"], one))
+    for index, (first, one) in enumerate(runs):
+        last = runs[index + 1][0] - 1 if index + 1 < len(runs) else boundaries[-1]["boundary"]
+        name = f"{first - 1} and {first}"
+        if last > first:
+            name += f" … {last - 1} and {last}"
+        yield (name, *(f"{value:,}" for value in _volume(one)))
+
+
+def _volume(boundary: Mapping[str, int]) -> tuple[int, ...]:
+    names = ("state", "convolution", "window", "bytes_per_layer_and_step")
+    return tuple(boundary[name] for name in names)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
