@@ -1,6 +1,7 @@
 """The ``titans`` command: one function a verb, each a thin call into the library."""
 
 import argparse
+import json
 import math
 import sys
 import traceback
@@ -122,14 +123,32 @@ def train(options: argparse.Namespace) -> int:
     )
 
 
+def plan(options: argparse.Namespace) -> None:
+    """Print what a run is and what its ranks do, without starting it."""
+    from titans_pretrain import config
+    from titans_pretrain.parallel import mesh
+    from titans_pretrain.plan import report
+
+    run = config.load(options.config, options.override)
+    ranks = options.ranks or run.mesh.tensor * run.mesh.sequence
+    grid = mesh.plan(ranks, run.mesh, run.train)
+    if options.json:
+        print(json.dumps(report.facts(run, grid), indent=2))
+    else:
+        print(report.text(run, grid))
+
+
 def checkpoint_list(options: argparse.Namespace) -> None:
     """Print a run's checkpoints."""
     from titans_pretrain.checkpoint import format as layout
 
     root = layout.checkpoints_of(options.run)
+    keep_every = _keep_every(options.run)
     for entry in layout.summaries(root):
         remarks = [entry.problem] if entry.problem else [f"{entry.tensors} tensors"]
         remarks += ["latest"] if entry.latest else []
+        if keep_every and entry.step % keep_every == 0 and not entry.problem:
+            remarks += ["kept"]
         print(f"{entry.path}  {entry.bytes / 1e6:.1f} MB  {', '.join(remarks)}")
     if not layout.steps(root):
         raise errors.UserError(
@@ -222,6 +241,16 @@ def _print_manifest(output: Path, content: dict[str, Any]) -> None:
     )
 
 
+def _keep_every(run: Path) -> int:
+    """checkpoint.keep_every of a run's directory, 0 if it cannot be told."""
+    from titans_pretrain import config
+
+    try:
+        return config.load(run / "config.yaml").checkpoint.keep_every
+    except errors.UserError:
+        return 0
+
+
 def _spelled(options: dict[str, Any]) -> list[str]:
     """Options as words of a command line; those not given are left out."""
     return [
@@ -237,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_data(verbs)
     _add_train(verbs)
+    _add_plan(verbs)
     _add_checkpoint(verbs)
     _add_export(verbs)
     _add_generate(verbs)
@@ -317,10 +347,26 @@ def _add_train(verbs: Any) -> None:
     verb.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint")
 
 
+def _add_plan(verbs: Any) -> None:
+    verb = verbs.add_parser("plan", help="size, grid of ranks and hand-over volumes of a run")
+    verb.set_defaults(verb=plan)
+    verb.add_argument("config", metavar="CONFIG", help="the run's YAML file")
+    verb.add_argument(
+        "override",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="changes of the configuration, e.g. mesh.sequence=4; before the options",
+    )
+    verb.add_argument(
+        "--ranks", type=_positive, help="processes (mesh.tensor * mesh.sequence, the fewest)"
+    )
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _add_checkpoint(verbs: Any) -> None:
     checkpoint = verbs.add_parser("checkpoint", help="list and verify checkpoints")
     jobs = checkpoint.add_subparsers(required=True, metavar="JOB")
-    job = jobs.add_parser("list", help="print steps, sizes and what is plainly wrong")
+    job = jobs.add_parser("list", help="print steps, sizes, what is wrong and what stays")
     job.set_defaults(verb=checkpoint_list)
     job.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
     job = jobs.add_parser("verify", help="compare every byte with its checksum")

@@ -23,6 +23,30 @@ def test_list_prints_every_step_with_size_and_plain_damage(tmp_path, capsys):
     assert second.endswith("5 tensors, latest")
 
 
+def _config(run, text):
+    (run / "config.yaml").write_text(
+        "model: {variant: lmm}\ndata: {manifest: m, sequence_length: 64}\nrun: {directory: r}\n"
+        "train: {steps: 9, global_batch_size: 1, learning_rate: 1}\n" + text
+    )
+
+
+def test_list_remarks_which_checkpoints_stay_for_good(tmp_path, capsys):
+    run = _run(tmp_path, 5, 10, 15, 20)
+    (run / "checkpoints" / "step-20" / "state.json").unlink()
+
+    def remarked():
+        assert cli.main(["checkpoint", "list", str(run)]) == 0
+        return [line.endswith(", kept") for line in capsys.readouterr().out.splitlines()]
+
+    assert remarked() == [False] * 4
+    _config(run, "checkpoint: {every: 5, keep_every: 10}\n")
+    assert remarked() == [False, True, False, False]
+    _config(run, "checkpoint: {every: 5}\n")
+    assert remarked() == [False] * 4
+    _config(run, "checkpoint: {every: nonsense}\n")
+    assert remarked() == [False] * 4
+
+
 def test_verify_prints_each_and_fails_if_any_is_damaged(tmp_path, capsys):
     run = _run(tmp_path, 5, 10)
     assert cli.main(["checkpoint", "verify", str(run)]) == 0

@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 
 import pytest
 import torch
@@ -15,15 +16,22 @@ from forked_ranks import RankDiedError, on_ranks
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint import manifest, retention
 from titans_pretrain.checkpoint.load import load
-from titans_pretrain.checkpoint.save import save
+from titans_pretrain.checkpoint.save import AsyncSaver, save
 from titans_pretrain.errors import TitansError
+from titans_pretrain.parallel import devices
 from titans_pretrain.parallel.shards import FlatShard
 
 
-def _save(root, step, *, keep=3, rank=0, world=1):
+def _save(root, step, *, keep=3, keep_every=0, rank=0, world=1):
     shards = cut(make_tensors(), rank, world)
     return save(
-        root, step, shards, state={"step": step}, files={"config.yaml": b"a: 1\n"}, keep=keep
+        root,
+        step,
+        shards,
+        state={"step": step},
+        files={"config.yaml": b"a: 1\n"},
+        keep=keep,
+        keep_every=keep_every,
     )
 
 
@@ -106,6 +114,17 @@ def test_the_newest_are_kept_and_older_ones_go(tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", "step-3", "step-4"]
 
 
+def test_multiples_of_keep_every_stay_for_good(tmp_path):
+    for step in range(1, 9):
+        _save(tmp_path, step, keep=2, keep_every=3)
+    assert layout.steps(tmp_path) == [3, 6, 7, 8]
+    _save(tmp_path, 9, keep=2, keep_every=3)
+    assert layout.steps(tmp_path) == [3, 6, 8, 9]
+    _truncate(tmp_path / "step-3" / "rank-00000.safetensors")
+    _save(tmp_path, 10, keep=2, keep_every=3)
+    assert layout.steps(tmp_path) == [6, 9, 10]
+
+
 def test_checkpoints_that_are_cut_do_not_count_as_kept(tmp_path):
     for step in (1, 2, 3):
         _save(tmp_path, step, keep=3)
@@ -143,6 +162,15 @@ OPERATIONS = [
 ]
 
 
+def _save_while_training(root, step, keep):
+    """Like ``_save``, with steps that never wait for the disk."""
+    saver = AsyncSaver(root, keep=keep)
+    shards = cut(make_tensors(), 0, 1)
+    saver.begin(step, shards, state={"step": step}, files={"config.yaml": b"a: 1\n"})
+    while not saver.advance([saver.poll()]):
+        time.sleep(0.0005)
+
+
 def _child_dies_at(operation, root):
     """Save step 3 in a child that dies before its ``operation``-th file operation; its status."""
     child = os.fork()
@@ -162,18 +190,18 @@ def _child_dies_at(operation, root):
         for module, name in OPERATIONS:
             setattr(module, name, mortal(getattr(module, name)))
         try:
-            _save(root, 3, keep=1)
+            _save_while_training(root, 3, keep=1)
         finally:
             os._exit(1 if left < 0 else 0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_death_at_any_file_operation_leaves_a_good_checkpoint_and_a_clean_next_start(tmp_path):
+    _save(tmp_path / "before", 2, keep=1)
     operation, deaths = 0, []
     while True:
         root = tmp_path / str(operation)
-        _save(root, 1, keep=1)
-        _save(root, 2, keep=1)
+        shutil.copytree(tmp_path / "before", root)
         status = _child_dies_at(operation, root)
         path, skipped = layout.newest_good(root)
         assert path is not None, operation
@@ -244,6 +272,61 @@ def test_a_rank_that_dies_while_saving_leaves_the_previous_to_all(tmp_path):
     assert layout.newest_good(tmp_path) == (tmp_path / "step-1", [])
     _save(tmp_path, 2, keep=1)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", "step-2"]
+
+
+def _killed_at(victim, operation, root):
+    """Save step 2 on two ranks; ``victim`` is killed before its n-th file operation, if any."""
+
+    def train(rank):
+        saver = AsyncSaver(root, keep=1)
+        left = operation if rank == victim else -1
+
+        def mortal(function):
+            def call(*arguments, **options):
+                nonlocal left
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= 1
+                return function(*arguments, **options)
+
+            return call
+
+        for module, name in OPERATIONS:
+            setattr(module, name, mortal(getattr(module, name)))
+        shards = cut(make_tensors(), rank, 2)
+        saver.begin(2, shards, state={"step": 2}, files={"config.yaml": b"a: 1\n"})
+        while not saver.advance(devices.gather_objects(saver.poll())):
+            time.sleep(0.0005)
+
+    try:
+        on_ranks(2, train)
+    except RankDiedError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(("victim", "operations"), [(0, range(0, 45, 5)), (1, range(4))])
+def test_a_rank_killed_at_any_moment_of_a_save_costs_that_save_at_most(
+    tmp_path, victim, operations
+):
+    _save(tmp_path / "before", 1, keep=1)
+    found = []
+    for operation in operations:
+        root = tmp_path / str(operation)
+        shutil.copytree(tmp_path / "before", root)
+        died = _killed_at(victim, operation, root)
+        path, skipped = layout.newest_good(root)
+        assert path is not None
+        assert skipped == []
+        assert load(path, cut(make_tensors(), 0, 1, blank=True))["step"] in (1, 2)
+        found.append((died, path.name))
+        if path.name == "step-1":
+            _save(root, 2, keep=1)
+        AsyncSaver(root, keep=1)
+        assert not list(root.glob(".*"))
+        assert layout.newest_good(root) == (root / "step-2", [])
+    assert found[0] == (True, "step-1")
+    assert found[-1] == (False, "step-2")
 
 
 @pytest.mark.parametrize("kib", [24, 548])

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from forked_ranks import on_ranks
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint.load import load, read_tensors
 from titans_pretrain.checkpoint.save import save
-from titans_pretrain.errors import TitansError
+from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.parallel.shards import FlatShard
 
 STATE = {"step": 3, "loss": 0.1 + 0.2, "rng": [1, 2], "note": None, "nested": {"on": True}}
@@ -132,6 +133,33 @@ def test_boxes_that_leave_a_gap_are_refused(tmp_path):
         list(read_tensors(path, "parameters/"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "state.json is missing"), (b'{"a"', "state.json cannot be read")],
+)
+def test_a_damaged_state_is_named(tmp_path, content, message):
+    path = _save(0, 1, tmp_path)
+    (path / "state.json").unlink()
+    if content is not None:
+        (path / "state.json").write_bytes(content)
+    with pytest.raises(TitansError, match=message):
+        load(path, cut(make_tensors(), 0, 1, blank=True))
+
+
+def test_a_file_without_a_box_that_the_index_promises_is_named(tmp_path):
+    path = _save(0, 1, tmp_path)
+    index = (path / "tensors.json").read_text()
+    (path / "tensors.json").write_text(index.replace("model.scale", "model.SCALE"))
+    tensors = {name.replace("scale", "SCALE"): part for name, part in make_tensors().items()}
+    for read in (
+        lambda: load(path, cut(tensors, 0, 1, blank=True)),
+        lambda: list(read_tensors(path, "parameters/model.SCALE")),
+    ):
+        with pytest.raises(TitansError) as caught:
+            read()
+        assert "rank-00000.safetensors" in f"{caught.value.what} {caught.value.where}"
+
+
 def test_an_index_of_another_format_is_refused(tmp_path):
     path = _save(0, 1, tmp_path)
     for content in ("[]", '{"format": "titans-checkpoint/2", "tensors": {}}'):
@@ -165,10 +193,12 @@ CHANGES = {
 @pytest.mark.parametrize("message", CHANGES)
 def test_other_names_shapes_and_dtypes_are_refused_on_all_ranks_by_name(tmp_path, message):
     path = _save(0, 1, tmp_path)
-    with pytest.raises(TitansError, match=message):
+    with pytest.raises(UserError, match=f"of another model or optimizer: .*{message}") as caught:
         _load_changed(0, 1, path, CHANGES[message])
+    assert str(path / "config.yaml") in caught.value.fix
     for error in on_ranks(2, lambda rank: _load_changed(rank, 2, path, CHANGES[message])):
-        assert isinstance(error, TitansError)
+        assert isinstance(error, UserError)
+        assert re.search(message, error.what)
 
 
 def test_a_name_that_nobody_asks_for_is_refused(tmp_path):
@@ -196,9 +226,16 @@ def test_ranks_that_disagree_on_a_tensor_are_told_so(tmp_path):
 
 
 def test_other_dtypes_are_not_saved(tmp_path):
-    shard = FlatShard("a", (2,), 0, 2, torch.zeros(2, dtype=torch.float64))
-    with pytest.raises(TitansError, match=r"a: torch.float64 is not stored"):
+    def save_wide(rank):
+        dtype = torch.float64 if rank else torch.float32
+        shard = FlatShard("a", (4,), 2 * rank, 2 * rank + 2, torch.zeros(2, dtype=dtype))
         save(tmp_path, 1, [shard], state={}, files={}, keep=1)
+
+    for error in on_ranks(2, save_wide):
+        assert isinstance(error, TitansError)
+        assert "a: torch.float64 is not stored" in error.what
+        assert error.where == "rank 1"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

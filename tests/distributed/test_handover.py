@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mesh_cases import configuration
+from mesh_training_cases import configuration
 from ranks import run_ranks
 
 from titans_pretrain.data.loader import Batch
@@ -53,7 +53,8 @@ def test_a_step_sends_what_the_plan_says_each_way_whatever_the_length(tensor, se
     mesh = Mesh(tensor, 1, sequence)
     for index, config in enumerate(configs):
         for boundary in range(1, sequence):
-            planned = handover.step_bytes(config, mesh, boundary)
+            layers = config.model["num_hidden_layers"]
+            planned = layers * handover.step_bytes(config, mesh, boundary)
             for rank in range(tensor):
                 before = found[mesh.rank_of(rank, 0, boundary - 1)][index]
                 after = found[mesh.rank_of(rank, 0, boundary)][index]

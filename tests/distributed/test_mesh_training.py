@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from mesh_cases import VARIANTS, assembled, configuration, mesh_runs, meshes, plain_run
+from mesh_training_cases import VARIANTS, assembled, configuration, mesh_runs, meshes, plain_run
 from ranks import run_ranks
 
 from titans_pretrain.parallel.sequence_comm import Links

@@ -140,17 +140,41 @@ def test_a_mesh_trains_and_validates_like_one_rank(
         assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
+def break_off(settings, position):
+    with pytest.raises(Crash):
+        poisoned(settings, (), position).run()
+
+
 def test_a_run_goes_on_at_another_mesh(manifest, tmp_path):
     one = configuration(manifest, tmp_path / "one", "lmm", micro_batch_size=4)
     (expected,) = run_ranks(rows, 1, one)
-    before = configuration(manifest, tmp_path / "moved", "lmm", steps=2)
-    after = configuration(manifest, tmp_path / "moved", "lmm", mesh_of(2, 1))
-    run_ranks(rows, 2, before)
-    found = run_ranks(rows, 2, after, True)[0]
+    kept = {"checkpoint": {"every": 2, "asynchronous": False}}
+    before = configuration(manifest, tmp_path / "moved", "lmm", kept)
+    after = configuration(manifest, tmp_path / "moved", "lmm", kept | mesh_of(2, 2))
+    run_ranks(break_off, 2, before, 256)
+    found = run_ranks(rows, 4, after, True)[0]
+    assert [row["step"] for row in found] == [1, 2, 2, 3, 4, 4]
     for row, other in zip(found, expected, strict=True):
-        assert row | {"learning_rate": 0} == pytest.approx(
-            other | {"learning_rate": 0}, rel=1e-2, abs=1e-2
-        )
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def trace(settings):
+    build(settings).run()
+    path = RunDirectory(Path(settings.run.directory)).trace(devices.rank())
+    names = {event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]}
+    return sorted({name for name in names if name.startswith("hand-over: ")})
+
+
+def test_the_trace_of_a_step_names_the_hand_overs_of_each_rank(manifest, tmp_path):
+    sections = mesh_of(1, 2) | {"run": {"directory": str(tmp_path), "trace_step": 2}}
+    settings = configuration(manifest, tmp_path, "lmm", sections, steps=3, validation_every=0)
+    first, second = run_ranks(trace, 2, settings)
+    assert any(name.endswith(" to rank 1") for name in first)
+    assert any(name.endswith(" from rank 1") for name in first)
+    assert any(name.endswith(" from rank 0") for name in second)
+    assert all("model.layers." in name for name in first + second)
+    logs = {path.name for path in (tmp_path / "logs").iterdir()}
+    assert logs == {"trace-rank-0.json", "trace-rank-1.json"}
 
 
 def resume_on_other_data(settings):

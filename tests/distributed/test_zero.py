@@ -21,7 +21,7 @@ from zero_cases import (
     sharded_losses,
 )
 
-from titans_pretrain.parallel import devices
+from titans_pretrain.parallel import devices, zero_settings
 from titans_pretrain.parallel.construct import construct
 from titans_pretrain.train import loss
 
@@ -322,3 +322,37 @@ def reading_gradients_too_early(train):
 
 def test_gradients_can_be_read_only_once_they_are_reduced():
     run_ranks(reading_gradients_too_early, 1, settings())
+
+
+def losses_with_gathered_and_released_weights(train, form, mesh):
+    """Losses with validations in between; whether gathers were foreseen; weights left gathered."""
+    zero_settings.PERSISTENT_ELEMENTS = 0  # the tiny model's weights would all stay
+    zero_settings.BUCKET_ELEMENTS = 3000  # less than a block
+    engine, parallel = engine_for(train, form, **mesh)
+    losses = []
+    for step in range(train.steps):
+        losses.append(engine_step(engine, parallel, train, step)[0])
+        if step == 3:
+            engine.train(False)
+            with torch.no_grad():
+                for _ in range(2):
+                    engine.forward(parallel.span(batch(9)[0][:1, :-1]))
+            engine.train()
+    left = [n for n, p in engine._parameters.items() if p.ds_status.name == "AVAILABLE"]
+    return losses, engine._coordinator.is_complete_trace(), left
+
+
+@pytest.mark.parametrize(
+    ("count", "mesh", "checkpointing"),
+    [(2, {}, True), (4, {"sequence": 2}, False), (4, {"sequence": 2}, True)],
+)
+def test_weights_gathered_block_by_block_train_like_one_process(count, mesh, checkpointing):
+    train = settings(steps=6, activation_checkpointing=checkpointing)
+    expected, _ = plain_losses(train, variant="mag")
+    results = run_ranks(
+        losses_with_gathered_and_released_weights, count, train, {"variant": "mag"}, mesh
+    )
+    for losses, foreseen, left in results:
+        assert losses == pytest.approx(expected, abs=1e-5)
+        assert foreseen
+        assert left == []

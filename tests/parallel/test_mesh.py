@@ -124,8 +124,11 @@ def test_ranks_that_cannot_form_the_grid_name_the_nearest_counts_and_grids():
         plan(5, MeshSection(tensor=2), settings(1, micro=2))
     assert caught.value.fix == "start 4 or 6 ranks"
     with pytest.raises(UserError) as caught:
-        plan(5, MeshSection(tensor=2), settings(3))
-    assert caught.value.fix.endswith("keep 5 with mesh.tensor=5 mesh.sequence=1")
+        plan(12, MeshSection(tensor=2, sequence=4), settings(12))
+    assert caught.value.fix == "start 8 or 16 ranks, or keep 12 with mesh.tensor=1 mesh.sequence=4"
+    with pytest.raises(UserError) as caught:
+        plan(12, MeshSection(tensor=2, sequence=4), settings(1))
+    assert caught.value.fix == "start 8 or 16 ranks"
 
 
 def test_a_global_batch_that_does_not_fit_names_the_nearest_sizes():

@@ -67,7 +67,7 @@ def make_run(manifest, tmp_path):
             "run": {"directory": str(tmp_path / name)},
         }
         for section, values in sections.items():
-            base[section] = base[section] | values
+            base[section] = base.get(section, {}) | values
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump(base))
         return Run(file, tmp_path / name)

@@ -31,6 +31,22 @@ def test_a_start_at_step_0_empties_the_file(tmp_path):
     assert path.read_text() == ""
 
 
+def test_a_rollback_removes_the_rows_it_undoes_and_is_found_again_while_they_stay(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = metrics.MetricsLog(path, step=0)
+    for step in range(1, 6):
+        log.write({"step": step, "loss": 1.0})
+    for position in (60, 80):
+        log.undo(2, {"step": 2, "event": "rollback", "position": position})
+        log.write({"step": 3, "loss": 0.5})
+    assert [row["step"] for row in rows(path)] == [1, 2, 2, 2, 3]
+    assert metrics.last_rollback(path, 2)["position"] == 80
+    assert metrics.last_rollback(path, 3) is None
+    metrics.MetricsLog(path, step=1)
+    assert metrics.last_rollback(path, 2) is None
+    assert metrics.last_rollback(tmp_path / "none", 2) is None
+
+
 def test_losses_are_written_unrounded(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics.MetricsLog(path, step=0).write({"step": 1, "loss": 0.1 + 0.2})

@@ -41,9 +41,21 @@ def test_every_parameter_is_in_one_group_with_the_run_s_settings():
     train = TrainSection(
         steps=1, global_batch_size=1, learning_rate=0.5, weight_decay=0.3, beta1=0.8, beta2=0.9
     )
-    adam = optimizer.build(built, train)
+    adam = optimizer.build(built, train, optimizer.decayed(built))
     assert [group["weight_decay"] for group in adam.param_groups] == [0.3, 0.0]
     assert all(group["betas"] == (0.8, 0.9) and group["lr"] == 0.5 for group in adam.param_groups)
     assert isinstance(adam, torch.optim.AdamW)
     inside = [id(parameter) for group in adam.param_groups for parameter in group["params"]]
     assert sorted(inside) == sorted(id(parameter) for parameter in built.parameters())
+
+
+def test_what_decays_is_known_of_a_model_without_weights():
+    with torch.device("meta"):
+        empty = model(tie_word_embeddings=False)
+    assert optimizer.decayed(empty) == optimizer.decayed(model(tie_word_embeddings=False))
+
+
+def test_a_name_of_no_parameter_is_refused():
+    train = TrainSection(steps=1, global_batch_size=1, learning_rate=0.5)
+    with pytest.raises(ValueError, match=r"no parameters: model\.nothing"):
+        optimizer.build(model(), train, {"model.nothing"})

@@ -42,7 +42,7 @@ def test_a_run_killed_on_the_way_and_resumed_is_the_run_never_stopped(make_run):
     assert [row["step"] for row in straight.rows()] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert straight.steps_saved() == [2, 4, 6]
 
-    process = broken.start("--ranks", "2")
+    process = broken.start("checkpoint.asynchronous=false", "--ranks", "2")
     broken.wait_for_step(3, process)
     process.kill()
     process.wait()
@@ -51,8 +51,8 @@ def test_a_run_killed_on_the_way_and_resumed_is_the_run_never_stopped(make_run):
     assert reached < 6
     with open(broken.directory / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 5, "los')
-    code, out, _ = broken.train("--ranks", "2", "--resume")
-    assert code == 0
+    code, out, complaints = broken.train("--ranks", "2", "--resume")
+    assert (code, complaints) == (0, "")
     assert f"resuming from {broken.directory}/checkpoints/step-{reached}" in out
     assert broken.timeless() == straight.timeless()
     expected = state(straight, 6)
@@ -143,8 +143,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(make_run):
     code, _, complaints = run.train("--ranks", "2")
     assert code == 1
     error = json.loads((run.directory / "error.json").read_text())
-    last = run.rows()[-1]["step"] if run.rows() else 0
-    assert f"at step {last + 1}" in error["what"]
+    *steps, stop = run.rows()
+    last = steps[-1]["step"] if steps else 0
+    assert (stop["step"], stop["event"]) == (last + 1, "stop")
+    assert error["what"] == f"{stop['reason']} at step {last + 1}"
     assert f"data position {last * 4 * 32}" in error["where"]
     assert complaints.startswith(f"error: {error['what']}\nwhere: {error['where']}\nfix:   ")
     assert run.steps_saved() == list(range(1, last + 1))

@@ -76,6 +76,23 @@ def test_running_out_of_gpu_memory_says_what_helps(make_worker, capsys):
     assert "lower train.micro_batch_size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:9"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited"),
+    ],
+)
+def test_the_death_of_another_rank_is_told_as_such_with_the_place(make_worker, capsys, error):
+    made = make_worker(2)
+    made._whereabouts.enter("backward", step=7, micro_batch=1)
+    assert made.report(raised(error)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    first = lines.index(f"error: the connection to another rank is lost: {error}")
+    assert lines[first + 1].endswith(": backward, step 7, micro-batch 1")
+    assert "--resume" in lines[first + 2]
+
+
 def test_the_user_s_mistake_has_no_traceback_and_exits_2(make_worker, capsys):
     assert make_worker(0, prepared=False).report(raised(UserError("no file"))) == 2
     assert capsys.readouterr().err == "error: no file\n"
@@ -137,6 +154,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(make_worker
     assert notes[-1] == "starting at step 0"
 
 
+class Unwatched:
+    def begin(self, work):
+        pass
+
+    def end(self):
+        pass
+
+
 @pytest.fixture
 def resumed(make_worker, tmp_path, monkeypatch):
     """``resumed(step, trainer)``: runs a rank that goes on from ``step`` with that trainer."""
@@ -146,9 +171,12 @@ def resumed(make_worker, tmp_path, monkeypatch):
         made._directory.create()
         made._directory.config.write_text("before")
         monkeypatch.setattr(worker, "open_data", lambda config: None)
+        monkeypatch.setattr(worker, "Parallel", lambda *arguments, **more: None)
+        monkeypatch.setattr(worker, "check_mesh", lambda *arguments: None)
         monkeypatch.setattr(worker, "Trainer", lambda *arguments: trainer)
         monkeypatch.setattr(made, "_open", lambda resume: ([], tmp_path / f"step-{step}"))
         monkeypatch.setattr(made, "_redirect", lambda: None)
+        monkeypatch.setattr(made, "_start_watch", lambda: Unwatched())
         made.run(torch.device("cpu"), resume=True)
 
     return run

@@ -1,14 +1,17 @@
 """Steps that all ranks do together: a failure on one is the same error on all."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from titans_pretrain.errors import TitansError
 from titans_pretrain.parallel import devices
 
 T = TypeVar("T")
+R = TypeVar("R")
+Outcome = tuple[T | None, str | None]  # the result, or the cause of the failure
 
 
 def on_all(doing: str, action: Callable[[], T], *, fix: str = "") -> list[T]:
@@ -25,15 +28,10 @@ def on_all(doing: str, action: Callable[[], T], *, fix: str = "") -> list[T]:
     Raises:
         TitansError: on every rank alike, naming the first rank that failed and the cause.
     """
-    try:
-        mine: tuple[T | None, str | None] = (action(), None)
-    except Exception as error:
-        mine = (None, cause(error))
-    outcomes = devices.gather_objects(mine)
-    failures = {index: error for index, (_, error) in enumerate(outcomes) if error is not None}
-    if failures:
+    outcomes = devices.gather_objects(_attempt(action))
+    if failures := _failures(outcomes):
         raise _error(doing, failures, fix)
-    return [result for result, _ in outcomes]
+    return [cast(T, result) for result, _ in outcomes]
 
 
 def on_first(doing: str, action: Callable[[], object], *, fix: str = "") -> None:
@@ -44,6 +42,29 @@ def on_first(doing: str, action: Callable[[], object], *, fix: str = "") -> None
             action()
 
     on_all(doing, mine, fix=fix)
+
+
+def through_first(
+    doing: str, action: Callable[[], T], join: Callable[[list[T]], list[R]], *, fix: str = ""
+) -> R:
+    """Run ``action`` on every rank, join the results on rank 0, and give each rank its part.
+
+    Collective over the default group. Unlike ``on_all`` it sends no rank what is another's.
+
+    Args:
+        doing: the action in words, for the error.
+        action: what to do; what it returns is sent to rank 0.
+        join: from the results in rank order to the parts in rank order; runs on rank 0.
+        fix: what the user can do when it fails.
+
+    Raises:
+        TitansError: on every rank alike, naming the first rank that failed and the cause.
+    """
+    outcomes = _gather_on_first(_attempt(action))
+    part, failures = _scatter_from_first(_answers(outcomes, join) if outcomes else [])
+    if failures:
+        raise _error(doing, failures, fix)
+    return cast(R, part)
 
 
 def translate(doing: str, error: CheckpointException, *, fix: str = "") -> TitansError:
@@ -60,6 +81,48 @@ def cause(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
     return f"{type(error).__name__}: {error}"
+
+
+def _attempt(action: Callable[[], T]) -> Outcome[T]:
+    try:
+        return action(), None
+    except Exception as error:
+        return None, cause(error)
+
+
+def _failures(outcomes: list[Outcome[T]]) -> dict[int, str]:
+    return {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+
+
+def _answers(
+    outcomes: list[Outcome[T]], join: Callable[[list[T]], list[R]]
+) -> list[tuple[R | None, dict[int, str]]]:
+    """Of every rank: its part, or why there is none."""
+    failures = _failures(outcomes)
+    if not failures:
+        parts, error = _attempt(lambda: join([cast(T, result) for result, _ in outcomes]))
+        if parts is not None:
+            return [(part, {}) for part in parts]
+        failures = {0: str(error)}
+    return [(None, failures)] * len(outcomes)
+
+
+def _gather_on_first(value: T) -> list[T]:
+    """The values of all ranks on rank 0, nothing elsewhere."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * devices.ranks() if devices.rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def _scatter_from_first(values: list[T]) -> T:
+    """Of rank 0's values the one that is this rank's."""
+    if not dist.is_initialized():
+        return values[0]
+    own: list[Any] = [None]
+    dist.scatter_object_list(own, values)
+    return cast(T, own[0])
 
 
 def _error(doing: str, failures: dict[int, str], fix: str) -> TitansError:

@@ -19,6 +19,7 @@ FORMAT = "titans-checkpoint/1"
 STATE = "state.json"
 TENSORS = "tensors.json"
 LATEST = "latest"
+CHOOSE = "titans checkpoint verify RUN tells which checkpoints are good"
 RESERVED = frozenset({STATE, TENSORS, manifest.NAME})
 log = logging.getLogger(__name__)
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -93,7 +94,7 @@ def read_index(path: Path) -> dict[str, Any]:
         raise TitansError(
             f"{TENSORS} {problem}",
             where=str(place),
-            fix="titans checkpoint verify RUN tells which checkpoints are good",
+            fix=CHOOSE,
         )
     return index
 
@@ -221,8 +222,23 @@ def checkpoints_of(run: Path) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What ``save`` was given as ``state``."""
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    """What ``save`` was given as ``state``.
+
+    Raises:
+        TitansError: it is missing or damaged.
+        Unreadable: it cannot be read now.
+    """
+    place = path / STATE
+    try:
+        state: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise TitansError(f"{STATE} is missing", where=str(place), fix=CHOOSE) from None
+    except OSError as error:
+        raise manifest.unreadable(place, error) from None
+    except (ValueError, RecursionError) as error:
+        raise TitansError(
+            f"{STATE} cannot be read: {error}", where=str(place), fix=CHOOSE
+        ) from None
     return state
 
 

@@ -15,11 +15,10 @@ from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint.planner import ShardLoadPlanner
 from titans_pretrain.checkpoint.storage import ShardReader, box_key
 from titans_pretrain.checkpoint.tensor_file import DTYPES, open_file, read_part
-from titans_pretrain.errors import TitansError
+from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.parallel import devices
 from titans_pretrain.parallel.shards import FlatShard
 
-_FIX = "titans checkpoint verify RUN tells which checkpoints are good"
 _SHOWN = 5
 
 
@@ -36,14 +35,19 @@ def load(path: Path, shards: Sequence[FlatShard]) -> dict[str, Any]:
         The ``state`` that was saved.
 
     Raises:
-        TitansError: on all ranks alike: missing or unexpected names, other shapes or dtypes, an
-            unreadable file.
+        UserError: on all ranks alike: missing or unexpected names, other shapes or dtypes.
+        TitansError: on all ranks alike: a file is damaged or cannot be read.
     """
     doing = f"loading {path}"
     wanted = agreement.on_all(doing, lambda: [shard.name for shard in shards if prod(shard.shape)])
     names = {name for rank in wanted for name in rank}
-    agreement.on_all(
-        doing, lambda: _check(layout.read_index(path)["tensors"], names, shards), fix=_FIX
+    _refuse_another_model(
+        path,
+        agreement.on_all(
+            doing,
+            lambda: _differences(layout.read_index(path)["tensors"], names, shards),
+            fix=layout.CHOOSE,
+        ),
     )
     try:
         with warnings.catch_warnings():
@@ -51,8 +55,10 @@ def load(path: Path, shards: Sequence[FlatShard]) -> dict[str, Any]:
             planner = ShardLoadPlanner(shards)
             state_dict_loader.load({}, storage_reader=ShardReader(path), planner=planner)
     except CheckpointException as error:
-        raise agreement.translate(doing, error, fix=_FIX) from None
-    return agreement.on_all(doing, lambda: layout.read_state(path), fix=_FIX)[devices.rank()]
+        raise agreement.translate(doing, error, fix=layout.CHOOSE) from None
+    return agreement.on_all(doing, lambda: layout.read_state(path), fix=layout.CHOOSE)[
+        devices.rank()
+    ]
 
 
 def read_tensors(path: Path, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -93,33 +99,43 @@ def _assemble(path: Path, files: list[str], name: str, entry: Mapping[str, Any])
         raise TitansError(
             f"{name}: the checkpoint holds {filled} of its {tensor.numel()} elements",
             where=str(path),
-            fix=_FIX,
+            fix=layout.CHOOSE,
         )
     return tensor
 
 
-def _check(stored: Mapping[str, Any], wanted: set[str], shards: Sequence[FlatShard]) -> None:
-    """Refuse what the checkpoint and the shards do not agree on."""
+def _refuse_another_model(path: Path, differences: Sequence[str]) -> None:
+    """Of all ranks' differences tell the first."""
+    for rank, difference in enumerate(differences):
+        if difference:
+            raise UserError(
+                f"the checkpoint is of another model or optimizer: {difference}",
+                where=f"{path} (rank {rank})",
+                fix=f"use the model section of {path / 'config.yaml'}, or give this run another "
+                "run.directory",
+            )
+
+
+def _differences(stored: Mapping[str, Any], wanted: set[str], shards: Sequence[FlatShard]) -> str:
+    """What the checkpoint and the shards do not agree on; empty if nothing."""
     complaints = []
     if missing := sorted(wanted - set(stored)):
         complaints.append(f"missing from the checkpoint: {_some(missing)}")
     if unexpected := sorted(set(stored) - wanted):
         complaints.append(f"unexpected in the checkpoint: {_some(unexpected)}")
-    different = []
+    different: dict[str, None] = {}
     for shard in shards:
         entry = stored.get(shard.name)
         if entry is None:
             continue
         if tuple(entry["shape"]) != shard.shape:
-            different.append(f"{shard.name} {tuple(entry['shape'])} instead of {shard.shape}")
+            different[f"{shard.name} {tuple(entry['shape'])} instead of {shard.shape}"] = None
         elif DTYPES[entry["dtype"]] != shard.tensor.dtype:
-            different.append(
-                f"{shard.name} {DTYPES[entry['dtype']]} instead of {shard.tensor.dtype}"
-            )
+            stored_dtype = DTYPES[entry["dtype"]]
+            different[f"{shard.name} {stored_dtype} instead of {shard.tensor.dtype}"] = None
     if different:
-        complaints.append(f"different in the checkpoint: {_some(different)}")
-    if complaints:
-        raise TitansError("; ".join(complaints))
+        complaints.append(f"different in the checkpoint: {_some(list(different))}")
+    return "; ".join(complaints)
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """Which box of which tensor a rank writes or reads: planners over flat shards."""
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from titans_pretrain.checkpoint.tensor_file import CODES
 from titans_pretrain.errors import TitansError
-from titans_pretrain.parallel.shards import FlatShard, boxes
+from titans_pretrain.parallel.shards import FlatShard
 
 
 class ShardSavePlanner(DefaultSavePlanner):
@@ -33,16 +34,12 @@ class ShardSavePlanner(DefaultSavePlanner):
     def __init__(self, shards: Sequence[FlatShard]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._shards = shards
-        self._parts: dict[MetadataIndex, torch.Tensor] = {}
 
     def create_local_plan(self) -> SavePlan:
         """One write item a box."""
-        items = []
-        for shard in self._shards:
-            for chunk, part in chunks_of(shard):
-                items.append(_write_item(shard, chunk))
-                self._parts[items[-1].index] = part
-        return SavePlan(items)
+        return SavePlan(
+            [_write_item(shard, chunk) for shard in self._shards for chunk, _ in chunks_of(shard)]
+        )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Join the ranks' plans.
@@ -51,17 +48,7 @@ class ShardSavePlanner(DefaultSavePlanner):
             TitansError: ranks disagree on a tensor, or hold only a part of it together.
         """
         _check_agreement(all_plans)
-        plans, metadata = super().create_global_plan(all_plans)
-        for name, entry in metadata.state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata)
-            held, size = sum(chunk.sizes.numel() for chunk in entry.chunks), entry.size.numel()
-            if held != size:
-                raise TitansError(f"{name}: the ranks hold {held} of its {size} elements")
-        return plans, metadata
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        """The box's elements."""
-        return self._parts[write_item.index]
+        return super().create_global_plan(all_plans)
 
 
 class ShardLoadPlanner(DefaultLoadPlanner):
@@ -111,7 +98,7 @@ class ShardLoadPlanner(DefaultLoadPlanner):
 
 def chunks_of(shard: FlatShard) -> Iterator[tuple[ChunkStorageMetadata, torch.Tensor]]:
     """The shard's boxes and, of each, its elements as a view of the shard."""
-    for box in boxes(shard.shape, shard.start, shard.stop):
+    for box in shard.boxes():
         part = shard.tensor[box.start - shard.start : box.stop - shard.start].view(box.sizes)
         yield ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)), part
 
@@ -134,14 +121,28 @@ def _write_item(shard: FlatShard, chunk: ChunkStorageMetadata) -> WriteItem:
 
 
 def _check_agreement(plans: list[SavePlan]) -> None:
+    """Refuse tensors that ranks know differently, cut crosswise, or hold only in part."""
     known: dict[str, tuple[int, Any]] = {}
+    boxes: dict[MetadataIndex, tuple[int, torch.Size]] = {}
+    held: dict[str, int] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
-            data = item.tensor_data
+            data, name = item.tensor_data, item.index.fqn
             assert data is not None
             mine = (tuple(data.size), data.properties.dtype)
-            other, theirs = known.setdefault(item.index.fqn, (rank, mine))
+            other, theirs = known.setdefault(name, (rank, mine))
             if mine != theirs:
+                raise TitansError(f"{name}: rank {rank} holds {mine}, rank {other} {theirs}")
+            sizes = data.chunk.sizes
+            if item.index not in boxes:
+                boxes[item.index] = (rank, sizes)
+                held[name] = held.get(name, 0) + sizes.numel()
+            elif boxes[item.index][1] != sizes:
+                other, theirs = boxes[item.index]
                 raise TitansError(
-                    f"{item.index.fqn}: rank {rank} holds {mine}, rank {other} {theirs}"
+                    f"{name}: rank {rank} holds {tuple(sizes)} from {tuple(data.chunk.offsets)}, "
+                    f"rank {other} {tuple(theirs)}"
                 )
+    for name, (_, (shape, _)) in known.items():
+        if held[name] != prod(shape):
+            raise TitansError(f"{name}: the ranks hold {held[name]} of its {prod(shape)} elements")

@@ -28,7 +28,7 @@ def remove_leftovers(root: Path) -> list[str]:
     return [path.name for path in leftovers]
 
 
-def prune(root: Path, step: int, keep: int) -> list[int]:
+def prune(root: Path, step: int, keep: int, keep_every: int = 0) -> list[int]:
     """Delete checkpoints older than the newest ``keep`` whole ones up to ``step``.
 
     Checkpoints that lack files, are cut or cannot be read do not count as kept. One that cannot be
@@ -38,6 +38,7 @@ def prune(root: Path, step: int, keep: int) -> list[int]:
         root: directory of the run's checkpoints.
         step: the checkpoint just written; it stays, and so do newer ones.
         keep: how many stay, at least 1.
+        keep_every: whole ones whose step is a multiple of it stay for good; 0 none.
 
     Returns:
         The steps deleted.
@@ -46,7 +47,12 @@ def prune(root: Path, step: int, keep: int) -> list[int]:
     problems = {number: _problems(root / layout.step_name(number)) for number in earlier}
     whole = [number for number in earlier if problems[number] == []]
     oldest_kept = min([step, *whole[-keep:]])
-    doomed = [n for n in earlier if n < oldest_kept and problems[n] is not None]
+    for_good = {number for number in whole if keep_every and number % keep_every == 0}
+    doomed = [
+        number
+        for number in earlier
+        if number < oldest_kept and number not in for_good and problems[number] is not None
+    ]
     return [number for number in doomed if _delete(root / layout.step_name(number))]
 
 

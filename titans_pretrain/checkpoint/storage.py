@@ -1,8 +1,6 @@
 """Tensors on disk for torch.distributed.checkpoint: safetensors and JSON, never a pickle."""
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,78 +16,13 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     LoadPlanner,
     ReadItem,
-    SavePlan,
-    SavePlanner,
     WriteItem,
 )
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint import tensor_file
-from titans_pretrain.checkpoint.manifest import FileRecord, write_file
-
-
-class ShardWriter(StorageWriter):
-    """Writes one safetensors file a rank, streamed, synced and hashed on the way.
-
-    Attributes:
-        records: the files this process wrote.
-        tensors: on the coordinator, after ``finish``: name -> {dtype, shape}.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.records: list[FileRecord] = []
-        self.tensors: dict[str, dict[str, Any]] = {}
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept between saves: a writer serves one."""
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """All ranks write alike."""
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """The plan as it is."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give each rank its file."""
-        return [
-            replace(plan, storage_data=f"rank-{index:05d}.safetensors")
-            for index, plan in enumerate(plans)
-        ]
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write the plan's boxes into this rank's file."""
-        if plan.items:
-            entries = [_entry(item) for item in plan.items]
-            tensors = (_tensor(planner.resolve_data(item)) for item in plan.items)
-            path = self.directory / plan.storage_data
-            self.records.append(tensor_file.write(path, entries, tensors))
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(
-            [WriteResult(item.index, _entry(item).bytes, plan.storage_data) for item in plan.items]
-        )
-        return done
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write the index of all boxes, as JSON."""
-        metadata.storage_data = {
-            result.index: result.storage_data for rank in results for result in rank
-        }
-        index = encode(metadata)
-        self.tensors = {
-            name: {"dtype": entry["dtype"], "shape": entry["shape"]}
-            for name, entry in index["tensors"].items()
-        }
-        contents = json.dumps(index, separators=(",", ":"), sort_keys=True).encode()
-        self.records.append(write_file(self.directory, layout.TENSORS, contents))
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Writers are made by ``save`` only, never found by a path."""
-        return False
 
 
 class ShardReader(StorageReader):
@@ -194,12 +127,8 @@ def _key(index: MetadataIndex) -> str:
     return box_key(index.fqn, index.offset)
 
 
-def _tensor(data: Any) -> torch.Tensor:
-    assert isinstance(data, torch.Tensor)
-    return data
-
-
-def _entry(item: WriteItem) -> tensor_file.Entry:
+def entry_of(item: WriteItem) -> tensor_file.Entry:
+    """A box as its file names it."""
     data = item.tensor_data
     assert data is not None
     return tensor_file.Entry(_key(item.index), data.properties.dtype, tuple(data.chunk.sizes))

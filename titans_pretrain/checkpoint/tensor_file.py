@@ -1,16 +1,17 @@
 """Files in the safetensors format: written as a stream, read in parts."""
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from titans_pretrain.checkpoint.manifest import FileRecord
 from titans_pretrain.errors import TitansError
@@ -82,11 +83,13 @@ def write(
     return FileRecord(path.name, 8 + len(text) + position, digest.hexdigest())
 
 
-def open_file(path: Path) -> Any:
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[Any]:
     """A file open for ``read_part``; a TitansError names a bad one."""
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except Exception as error:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            yield handle
+    except (SafetensorError, OSError, IndexError) as error:
         raise TitansError(
             f"cannot read tensors: {error}",
             where=str(path),

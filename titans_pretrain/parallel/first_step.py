@@ -1,6 +1,7 @@
 """What the first step of a process must show before it counts."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +112,18 @@ class _Followed:
         self._own += gradient.float()
 
     def is_reduced_wrong(self) -> bool:
-        """Whether the gradient differs from that reduced by hand; collective."""
+        """Whether the gradient differs from that reduced by hand; collective.
+
+        One that is not finite is not judged: no step is taken with it.
+        """
         groups = self._engine._groups
         for group in (groups.data, groups.sequence):
             dist.all_reduce(self._own, group=group)
         part = self._engine.part("gradients", self.name)
         reduced = self._own / groups.mesh.data
         self.moved = float(reduced.abs().max())
+        if not math.isfinite(self.moved):
+            return False
         expected = reduced.flatten()[part.start : part.stop].to(part.tensor.device)
         return not bool((part.tensor - expected).abs().le(GRADIENT_TOLERANCE * self.moved).all())
 
@@ -151,5 +157,6 @@ def _names(engine: "ZeroEngine") -> list[str]:
 
 def _fingerprint(part: Any) -> tuple[Any, str]:
     """Which part of which tensor it is, and the digest of its bits."""
-    digest = hashlib.sha256(part.tensor.cpu().numpy().tobytes()).hexdigest()
+    bits = part.tensor.cpu().numpy().tobytes() if part.tensor.isfinite().all() else b"not finite"
+    digest = hashlib.sha256(bits).hexdigest()
     return (part.name, part.start, part.stop, part.offsets), digest

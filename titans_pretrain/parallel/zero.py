@@ -34,7 +34,6 @@ from titans_pretrain.parallel.zero_settings import (
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_ELEMENTS = 1 << 20
-INVALID_NORM = -1.0  # DeepSpeed's own sign for a norm that is not finite: it skips the step
 
 
 class ZeroEngine:
@@ -161,7 +160,11 @@ class ZeroEngine:
             return norm
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate
-        self._finish(norm)
+        # DeepSpeed clips by it: a norm of its own could differ from rank to rank in its last bit,
+        # and drive replicas apart.
+        self._zero._get_norm_groups = lambda: [torch.tensor(norm)]
+        self._zero.step()
+        self._begin_step()
         if self._probe:
             self._probe.check_update(learning_rate)
             self._probe = None
@@ -170,8 +173,12 @@ class ZeroEngine:
     def discard(self) -> None:
         """Forget the step's gradients; parameters, moments and Adam's step stay as they are."""
         self.gradient_norm()
-        self._finish(INVALID_NORM)
+        # What DeepSpeed does at a norm that is not finite, without its warning.
+        self._zero._pre_step()
+        self._zero._partition_all_parameters()
+        self._zero._overflow_clean_up(None)
         self._gather_persistent()
+        self._begin_step()
         if self._probe:
             self._probe.remove()
             self._probe = FirstStepProbe(self, fresh=self._probe.fresh)
@@ -241,7 +248,7 @@ class ZeroEngine:
         """Take over what DeepSpeed would do by counting forward passes."""
         from deepspeed.runtime.zero import partitioned_param_coordinator
 
-        self._engine.set_gradient_accumulation_boundary(False)  # ``_finish`` is the boundary
+        self._engine.set_gradient_accumulation_boundary(False)  # ``step`` is the boundary
         # One trace a step, not a forward pass: passes of other micro-batches may lie between.
         self._zero.parameter_offload.fwd_pre_hook.remove()
         self._coordinator = self._zero.parameter_offload.get_param_coordinator()
@@ -317,16 +324,6 @@ class ZeroEngine:
         dist.all_reduce(total)
         norm = float(total.sqrt().float())
         return norm if norm < float("inf") else float("inf")
-
-    def _finish(self, norm: float) -> None:
-        """DeepSpeed's step with a norm, for clipping; it changes nothing if that is INVALID_NORM.
-
-        A norm of DeepSpeed's own could differ from rank to rank in its last bit, and clipping by
-        it would drive replicas apart.
-        """
-        self._zero._get_norm_groups = lambda: [torch.tensor(norm)]
-        self._zero.step()
-        self._begin_step()
 
     def _gather_persistent(self) -> None:
         """Small parameters stay gathered; DeepSpeed does so after a step of its own."""

@@ -3,7 +3,9 @@
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +14,7 @@ import yaml
 
 from titans_pretrain import config as run_config
 from titans_pretrain.config import RunConfig
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.files import atomic_file
 
 FIXED = (
@@ -58,9 +60,18 @@ class RunDirectory:
         """Rank to host and process of the latest start."""
         return self.path / "ranks.json"
 
+    @property
+    def hang(self) -> Path:
+        """Where each rank stood when the latest start hung."""
+        return self.path / "hang"
+
     def log(self, rank: int) -> Path:
         """What a rank printed."""
         return self.path / "logs" / f"rank-{rank}.log"
+
+    def trace(self, rank: int) -> Path:
+        """The profile of ``run.trace_step``, in Chrome's format."""
+        return self.path / "logs" / f"trace-rank-{rank}.json"
 
     def check(self, config: RunConfig, *, resume: bool) -> list[str]:
         """Whether the run may start here; changes nothing.
@@ -101,6 +112,7 @@ class RunDirectory:
     def forget_failure(self) -> None:
         """Remove the failure of the last start, so that this one's can be kept."""
         self.error.unlink(missing_ok=True)
+        shutil.rmtree(self.hang, ignore_errors=True)
 
     def begin(self, config: RunConfig) -> None:
         """Write the configuration of this start; once it is sure to train."""
@@ -133,9 +145,10 @@ class RunDirectory:
             return True
         try:
             with open(self.metrics, "rb") as handle:
-                return handle.readline().endswith(b"\n")
+                first = handle.readline()
         except (FileNotFoundError, NotADirectoryError):
             return False
+        return first.endswith(b"\n") and b'"event"' not in first
 
     def _stored(self) -> dict[str, Any]:
         try:
@@ -169,6 +182,29 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, where: str) 
             )
         said.append(f"{key} is now {now!r}, was {was!r}")
     return said
+
+
+def failure_record(
+    error: TitansError, rank: int, host: str, calls: Sequence[str]
+) -> dict[str, Any]:
+    """What ``error.json`` holds.
+
+    Args:
+        error: in three lines.
+        rank: where it happened.
+        host: of that rank.
+        calls: lines of its traceback.
+    """
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "rank": rank,
+        "host": host,
+        "exit_code": error.exit_code,
+        "what": error.what,
+        "where": error.where,
+        "fix": error.fix,
+        "traceback": list(calls),
+    }
 
 
 def write_first(path: Path, value: object) -> bool:

@@ -1,63 +1,163 @@
-"""Stopping at numbers that are not finite, before a checkpoint holds them."""
+"""Judging a step by its loss and gradient norm before the weights take it. Pure; no torch here.
+
+All ranks judge the same two numbers, so all decide alike without asking each other.
+"""
 
 import math
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
 
-from titans_pretrain.errors import TitansError
-from titans_pretrain.parallel import devices
+from titans_pretrain.config import GuardSection
+
+Action = Literal["accept", "skip", "rollback", "stop"]
+Number = Literal["loss", "gradient norm"]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run stands.
+class Verdict:
+    """What happens to a step.
 
     Attributes:
-        step: the optimizer step under way, from 1.
-        position: tokens consumed before it.
+        action: what is done.
+        number: which number is bad; None where the step is accepted.
+        reason: why, empty where it is accepted.
     """
 
-    step: int
-    position: int
+    action: Action
+    number: Number | None = None
+    reason: str = ""
 
 
-FIX = (
-    "the checkpoints before this step are good; look at the data at this position, "
-    "or resume with a lower train.learning_rate"
-)
+ACCEPTED = Verdict("accept")
 
 
-def check_loss(total: float, own: float, place: Place, what: str = "loss") -> None:
-    """Raise on all ranks if any rank's loss is not finite.
+class Guard:
+    """The bounds a step must keep, from the steps accepted before it.
 
     Args:
-        total: the loss summed over all ranks.
-        own: this rank's share of it.
-        place: where the run stands.
-        what: the name of the number.
+        section: policy, bounds and limit.
 
-    Raises:
-        TitansError: names the step, the ranks and the place in the data.
+    Attributes:
+        bad: bad steps in a row; going back over them does not end the row.
     """
-    if math.isfinite(total):
-        return
-    shares = devices.gather_objects(own)
-    bad = [rank for rank, share in enumerate(shares) if not math.isfinite(share)]
-    raise TitansError(
-        f"the {what} is {total} at step {place.step}",
-        where=f"rank {', '.join(map(str, bad))}; data position {place.position}",
-        fix=FIX,
-    )
 
+    def __init__(self, section: GuardSection) -> None:
+        self._section = section
+        self._losses: deque[float] = deque(maxlen=section.window)
+        self._gradients: deque[float] = deque(maxlen=section.window)
+        self.bad = self._furthest = 0
 
-def check_gradient(norm: float, place: Place) -> None:
-    """Raise if the global gradient norm, equal on all ranks, is not finite.
+    def judge(self, step: int, loss: float, gradient: float) -> Verdict:
+        """The verdict on a step, which is remembered.
 
-    Raises:
-        TitansError: names the step and the place in the data; the parameters are unchanged.
-    """
-    if not math.isfinite(norm):
-        raise TitansError(
-            f"the gradient norm is not finite at step {place.step}, though the loss is",
-            where=f"all ranks; data position {place.position}",
-            fix=FIX,
+        Args:
+            step: the optimizer step under way, from 1.
+            loss: mean over the global batch.
+            gradient: global norm before clipping.
+        """
+        number, reason = self._problem(loss, gradient)
+        if number is None:
+            self._losses.append(loss)
+            self._gradients.append(gradient)
+            if step > self._furthest:
+                self.bad = 0
+            return ACCEPTED
+        self.bad += 1
+        self._furthest = max(self._furthest, step)
+        policy = self._section.policy
+        if policy != "stop" and self.bad >= self._section.limit:
+            return Verdict("stop", number, f"{reason}, bad step {self.bad} in a row")
+        return Verdict(policy, number, reason)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps; JSON returns it unchanged."""
+        return {
+            "losses": list(self._losses),
+            "gradients": list(self._gradients),
+            "bad": self.bad,
+            "furthest": self._furthest,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``; an empty one, of a checkpoint without, begins anew."""
+        window = self._section.window
+        self._losses = deque(state.get("losses", ()), maxlen=window)
+        self._gradients = deque(state.get("gradients", ()), maxlen=window)
+        self.bad, self._furthest = state.get("bad", 0), state.get("furthest", 0)
+
+    def keep_row(self, *, bad: int, furthest: int) -> None:
+        """After going back: the row of bad steps goes on.
+
+        Args:
+            bad: bad steps in a row, those undone included.
+            furthest: the last bad step.
+        """
+        self.bad, self._furthest = bad, furthest
+
+    def _problem(self, loss: float, gradient: float) -> tuple[Number | None, str]:
+        if not math.isfinite(loss):
+            return "loss", f"the loss is {loss}"
+        if not math.isfinite(gradient):
+            return "gradient norm", "the gradient norm is not finite"
+        section = self._section
+        if spike := self._spike(loss, self._losses, section.loss_spike):
+            return "loss", f"the loss {spike}"
+        if spike := self._spike(gradient, self._gradients, section.gradient_spike):
+            return "gradient norm", f"the gradient norm {spike}"
+        return None, ""
+
+    def _spike(self, value: float, accepted: Sequence[float], factor: float) -> str:
+        """Too few accepted steps are no measure: a quarter of the window is needed."""
+        if not factor or len(accepted) < math.ceil(self._section.window / 4):
+            return ""
+        middle = median(accepted)
+        if value <= factor * middle:
+            return ""
+        return (
+            f"{value:.4g} exceeds {factor:g} times {middle:.4g}, the median of the last "
+            f"{len(accepted)} accepted steps"
         )
+
+
+@dataclass(frozen=True)
+class Witness:
+    """What one rank saw of a bad step.
+
+    Attributes:
+        losses: its summed loss of each micro-batch.
+        gradient_finite: whether its own gradients were finite before any reduction.
+    """
+
+    losses: tuple[float, ...]
+    gradient_finite: bool
+
+
+def blame(number: Number | None, witnesses: Sequence[Witness]) -> str:
+    """The ranks, and their micro-batches, that a bad number comes from.
+
+    Args:
+        number: the bad one.
+        witnesses: of all ranks, in rank order.
+    """
+    if number == "gradient norm":
+        bad = [str(rank) for rank, seen in enumerate(witnesses) if not seen.gradient_finite]
+        if bad:
+            return f"rank {', '.join(bad)}"
+        return "all ranks: each one's own gradient is finite"
+    found = []
+    for rank, seen in enumerate(witnesses):
+        places = [str(m) for m, loss in enumerate(seen.losses) if not math.isfinite(loss)]
+        if places:
+            found.append(f"rank {rank} (micro-batch {', '.join(places)})")
+    if found:
+        return ", ".join(found)
+    shares = [
+        (loss, rank, place)
+        for rank, seen in enumerate(witnesses)
+        for place, loss in enumerate(seen.losses)
+    ]
+    largest, rank, place = max(shares, key=lambda share: share[0])
+    return f"rank {rank} (micro-batch {place}) has the largest share, {largest:.4g}"

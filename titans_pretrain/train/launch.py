@@ -29,7 +29,7 @@ from titans_pretrain.train.signals import on_asking
 LAUNCHER = "TITANS_LAUNCHER"
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
-STOP_GRACE_SECONDS = 60.0
+STOP_GRACE_SECONDS = 10.0
 
 
 def train(config: RunConfig, *, ranks: int | None, resume: bool, arguments: Sequence[str]) -> int:

@@ -26,11 +26,13 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, *, step: int) -> None:
-        if path.exists():
-            kept = [row for row in _whole_rows(path) if json.loads(row)["step"] <= step]
-            with atomic_file(path, "w") as handle:
-                handle.writelines(kept)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._path = path
+        self._keep(step)
+
+    def undo(self, step: int, event: Mapping[str, Any]) -> None:
+        """Remove the rows after ``step`` and append the event that undid them, in one go."""
+        self._file.close()
+        self._keep(step, json.dumps(event) + "\n")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
@@ -40,6 +42,21 @@ class MetricsLog:
     def sync(self) -> None:
         """Make the rows survive a power cut; before a checkpoint that relies on them."""
         os.fsync(self._file.fileno())
+
+    def _keep(self, step: int, more: str = "") -> None:
+        """Leave the rows up to ``step``, then ``more``."""
+        if self._path.exists():
+            kept = [row for row in _whole_rows(self._path) if json.loads(row)["step"] <= step]
+            with atomic_file(self._path, "w") as handle:
+                handle.writelines([*kept, more])
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+
+
+def last_rollback(path: Path, step: int) -> dict[str, Any] | None:
+    """The newest event of rolling back to the state after ``step``, None if there is none."""
+    rows = [json.loads(row) for row in _whole_rows(path)] if path.exists() else []
+    events = [row for row in rows if row.get("event") == "rollback" and row["step"] == step]
+    return events[-1] if events else None
 
 
 def _whole_rows(path: Path) -> list[str]:

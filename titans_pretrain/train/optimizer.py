@@ -1,5 +1,7 @@
 """AdamW with weight decay on the matrices of projections only."""
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
@@ -12,6 +14,9 @@ def decayed(model: nn.Module) -> set[str]:
     Norms, biases, embeddings, convolutions, persistent tokens, the memory's initial weights and
     its gates (a subclass of ``nn.Linear``) do not decay, nor does a head that is tied to the
     embedding.
+
+    Args:
+        model: as it is before a mesh is applied, which replaces its layers; may be on meta.
     """
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -24,10 +29,20 @@ def decayed(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in linear}
 
 
-def build(model: nn.Module, train: TrainSection) -> torch.optim.AdamW:
-    """AdamW in two groups, with and without decay."""
-    matrices = decayed(model)
+def build(model: nn.Module, train: TrainSection, matrices: Collection[str]) -> torch.optim.AdamW:
+    """AdamW in two groups, with and without decay.
+
+    Args:
+        model: whose parameters are optimized.
+        train: the optimization.
+        matrices: names of the parameters that decay, see ``decayed``.
+
+    Raises:
+        ValueError: a name is no parameter of the model.
+    """
     parameters = dict(model.named_parameters())
+    if unknown := sorted(set(matrices) - parameters.keys()):
+        raise ValueError(f"no parameters: {', '.join(unknown)}")
     groups = [
         ([p for name, p in parameters.items() if name in matrices], train.weight_decay),
         ([p for name, p in parameters.items() if name not in matrices], 0.0),

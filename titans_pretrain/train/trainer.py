@@ -1,66 +1,38 @@
-"""The training loop and what it needs at its start."""
+"""The training loop."""
 
-import base64
+import contextlib
 import importlib.metadata
+import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from titans_pretrain import config as run_config
+from titans_pretrain.checkpoint.background import Progress
 from titans_pretrain.checkpoint.load import load
-from titans_pretrain.checkpoint.save import save
+from titans_pretrain.checkpoint.save import AsyncSaver
 from titans_pretrain.config import RunConfig
-from titans_pretrain.data.loader import Batch, SequenceLoader
-from titans_pretrain.data.shards import TokenShards
-from titans_pretrain.errors import StoppedEarly, UserError
+from titans_pretrain.data.loader import Batch
+from titans_pretrain.errors import StoppedEarly, TitansError, UserError
 from titans_pretrain.parallel import devices
-from titans_pretrain.parallel.mesh import Mesh
-from titans_pretrain.parallel.zero import ZeroEngine
-from titans_pretrain.train import guard, optimizer, schedule
+from titans_pretrain.parallel.parallelize import Parallel
+from titans_pretrain.train import build, guard, rollback, schedule
+from titans_pretrain.train.build import Data
 from titans_pretrain.train.directory import RunDirectory
-from titans_pretrain.train.loss import rank_loss, token_loss_sum
-from titans_pretrain.train.metrics import MetricsLog, Progress, WandbLog
+from titans_pretrain.train.metrics import last_rollback
+from titans_pretrain.train.passes import Passes
+from titans_pretrain.train.records import Records
 from titans_pretrain.train.signals import StopRequest
+from titans_pretrain.train.trace import traced
 
 VERSIONED = ("titans-pretrain", "torch", "deepspeed", "transformers")
-
-
-@dataclass(frozen=True)
-class Data:
-    """The prepared data and the order it is read in."""
-
-    shards: TokenShards
-    loader: SequenceLoader
-
-
-def open_data(config: RunConfig) -> Data:
-    """Open the data of a run and check that the model can read it.
-
-    Raises:
-        UserError: see ``TokenShards.open`` and ``SequenceLoader``; more pieces than the model has.
-    """
-    data = config.data
-    shards = TokenShards.open(data.manifest)
-    if shards.vocab_size > config.model["vocab_size"]:
-        raise UserError(
-            f"model.vocab_size: {config.model['vocab_size']} is less than the tokenizer's "
-            f"{shards.vocab_size} pieces",
-            where=data.manifest,
-            fix=f"use model.vocab_size={shards.vocab_size} or more",
-        )
-    loader = SequenceLoader(
-        shards,
-        sequence_length=data.sequence_length,
-        seed=data.seed,
-        validation_fraction=data.validation_fraction,
-        length_schedule=data.length_schedule,
-    )
-    loader.check_step(config.train.global_batch_size)
-    return Data(shards, loader)
+FIX = (
+    "the checkpoints before this step are good; look at the data at this position, "
+    "resume with a lower train.learning_rate, or with guard.policy=skip"
+)
 
 
 class Trainer:
@@ -68,130 +40,159 @@ class Trainer:
 
     Args:
         config: the run.
-        mesh: the grid of ranks.
+        parallel: this rank's part in the mesh; its whereabouts are told where the rank stands.
         device: where this rank computes.
         data: from ``open_data``.
         directory: the run's, prepared.
         stop: whether this rank was asked to stop.
         tell: prints a sentence on rank 0's terminal, nothing elsewhere.
+        begin: told that a piece of work begins, see ``Watch.begin``.
     """
 
     def __init__(
         self,
         config: RunConfig,
-        mesh: Mesh,
+        parallel: Parallel,
         device: torch.device,
         data: Data,
         directory: RunDirectory,
         stop: StopRequest,
         tell: Callable[[str], None],
+        begin: Callable[[str], None] = lambda work: None,
     ) -> None:
-        self._config, self._mesh, self._device = config, mesh, device
+        self._config, self._parallel, self._device = config, parallel, device
         self._data, self._directory, self._stop, self._tell = data, directory, stop, tell
-        self._data_rank = mesh.coordinates(devices.rank())[1]
-        self._engine = _build_engine(config, mesh, device)
-        self._step = self._position = 0
+        self._begin = begin
+        self._mesh, self._whereabouts = parallel.mesh, parallel.whereabouts
+        self._data_rank = parallel.groups.data_rank
+        self._counts = parallel.groups.tensor_rank == 0  # what they share is added up once
+        self._engine = build.build_engine(config, parallel, device)
+        self._passes = Passes(self._engine, parallel, config, device)
+        self._guard = guard.Guard(config.guard)
+        self._saver = AsyncSaver(
+            directory.checkpoints,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+        )
+        self._restored = False
+        self._step = self._position = self._updates = 0
 
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint, and where the run rolled back to it, from after the bad batch.
 
         Raises:
             UserError: it was trained on other data.
             TitansError: it cannot be read.
         """
         state = load(path, self._engine.shards())
-        devices.together(lambda: self._check_data(state["fingerprint"]))
+        devices.together(lambda: build.check_data(self._data, state, self._config.data.manifest))
+        self._restored = True
         self._step, self._position = state["step"], state["position"]
-        self._engine.restore(self._step)
-        _set_random_state(state["rng"])
+        self._updates = state.get("updates", self._step)
+        self._guard.restore(state.get("guard", {}))
+        self._engine.restore(self._updates)
+        build.set_random_state(state["rng"])
+        undone = devices.from_first(lambda: last_rollback(self._directory.metrics, self._step))
+        if undone is not None:
+            self._position = undone["position"]
+            self._guard.keep_row(bad=undone["bad"], furthest=undone["from_step"])
 
     def run(self) -> None:
         """Train to the last step; metrics, validations and checkpoints on the way.
 
         Raises:
             StoppedEarly: a signal asked for it; the state is saved.
-            TitansError: a number is not finite, or a checkpoint could not be written.
+            TitansError: the guard stopped the run, or a checkpoint could not be written.
         """
-        train, every = self._config.train, self._config.checkpoint.every
-        records = Records(self._config, self._directory, self._step, self._tell)
+        train, records = self._config.train, self._open_records()
         while self._step < train.steps:
-            row, stop = self._train_step()
-            records.step(row)
+            accepted, stop = self._train_step(records)
+            if not accepted:
+                continue
             last = self._step == train.steps
             if last or (not stop and _due(self._step, train.validation_every)):
                 loss, stop = self._validate(stoppable=not last)
                 records.validation(self._step, loss)
-            if last or stop or _due(self._step, every):
+            if last or stop or _due(self._step, self._config.checkpoint.every):
                 records.sync()
-                path = self._save()
+                self._save(wait=last or stop)
             if stop and not last:
+                self._enter("stopping")
                 records.close()
                 devices.gather_objects(None)  # a rank that left first would have the others killed
                 raise StoppedEarly(
                     f"stopped by a signal after step {self._step} of {train.steps}",
-                    where=str(path),
+                    where=str(self._directory.checkpoints / f"step-{self._step}"),
                     fix="continue with --resume",
                 )
+        self._enter("ending")
         records.close()
 
-    def _train_step(self) -> tuple[dict[str, Any], bool]:
-        """One optimizer step; its row, and whether a rank was asked to stop."""
-        started, train, step = time.perf_counter(), self._config.train, self._step
-        batch = self._data.loader.batch(
-            step=step,
-            position=self._position,
-            sequences=train.global_batch_size,
-            rank=self._data_rank,
-            ranks=self._mesh.data,
-        )
-        valid = self._count_valid(batch)
-        own = torch.zeros((), dtype=torch.float64, device=self._device)
-        for tokens, mask in self._micro_batches(batch):
-            summed = self._summed_loss(tokens, mask)
-            self._engine.backward(rank_loss(summed, valid, self._mesh.data))
-            own += summed.detach()
-        total = devices.all_sum(own.cpu().clone()).item()
-        place = guard.Place(step + 1, self._position)
-        guard.check_loss(total, own.item(), place)
-        rate = schedule.learning_rate(step, train)
-        norm = self._engine.step(rate)
-        guard.check_gradient(norm, place)
-        tokens_per_step = train.global_batch_size * self._config.data.sequence_length
-        self._step, self._position = step + 1, self._position + tokens_per_step
+    def _open_records(self) -> Records:
+        if not self._restored and self._config.guard.policy == "rollback":
+            self._save(wait=True)  # there is always a state to go back to
+        return Records(self._config, self._directory, self._step, self._tell)
+
+    def _train_step(self, records: Records) -> tuple[bool, bool]:
+        """One optimizer step: whether it stays, and whether a rank was asked to stop."""
+        started, step = time.perf_counter(), self._step + 1
+        tracing = step == self._config.run.trace_step
+        self._enter("reading", step=step, work="traced step" if tracing else "step")
+        trace = traced(self._directory.trace(devices.rank()), self._device)
+        with trace if tracing else contextlib.nullcontext():
+            batch = self._read()
+            valid = self._count_valid(batch)
+            losses = self._passes.train(batch, valid)
+            self._whereabouts.enter("reducing")
+            total, norm, stop = self._agree(sum(losses), self._engine.gradient_norm())
+            verdict = self._guard.judge(step, total / valid, norm)
+            seen = self._ask_all(verdict, losses)
+            if verdict.action in ("stop", "rollback"):
+                self._undo(records, verdict, seen)
+                return False, stop
+            rate = schedule.learning_rate(self._step, self._config.train)
+            self._whereabouts.enter("updating")
+            if verdict.action == "accept":
+                self._engine.step(rate)
+                self._updates += 1
+            else:
+                self._engine.discard()
+        self._step, self._position = step, self._position + self._tokens_per_step
         seconds = time.perf_counter() - started
-        row = {
-            "step": self._step,
+        row: dict[str, Any] = {
+            "step": step,
             "loss": total / valid,
             "grad_norm": norm,
             "learning_rate": rate,
             "tokens": self._position,
-            "tokens_per_second": tokens_per_step / seconds,
+            "tokens_per_second": self._tokens_per_step / seconds,
             "seconds": seconds,
         }
-        return row, self._stop_agreed()
+        if verdict.action == "skip":  # JSON has no number that is not finite
+            row = {name: value for name, value in row.items() if math.isfinite(value)}
+            row |= {"skipped": verdict.reason, "where": seen}
+        records.step(row)
+        return True, stop
 
-    def _stop_agreed(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on all ranks."""
-        asked = torch.tensor(float(self._stop.name is not None))
-        return devices.all_sum(asked).item() > 0
+    @property
+    def _tokens_per_step(self) -> int:
+        return self._config.train.global_batch_size * self._config.data.sequence_length
 
-    def _micro_batches(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """The rows of one forward pass after another, on the device; equally many tokens each."""
-        length = batch.tokens.shape[1] - 1
-        rows = self._config.train.micro_batch_size * self._config.data.sequence_length // length
-        for first in range(0, len(batch.tokens), rows):
-            part = slice(first, first + rows)
-            mask = None if batch.target_mask is None else batch.target_mask[part].to(self._device)
-            yield batch.tokens[part].to(self._device), mask
-
-    def _summed_loss(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        return token_loss_sum(self._engine.forward(tokens[:, :-1]), tokens[:, 1:], mask)
+    def _read(self) -> Batch:
+        return self._data.loader.batch(
+            step=self._step,
+            position=self._position,
+            sequences=self._config.train.global_batch_size,
+            rank=self._data_rank,
+            ranks=self._mesh.data,
+        )
 
     def _count_valid(self, batch: Batch) -> int:
         """Targets that count, over all ranks."""
         if batch.target_mask is None:
             return batch.tokens[:, 1:].numel() * self._mesh.data
-        valid = int(devices.all_sum(batch.target_mask.sum()))
+        whole = self._counts and self._parallel.groups.sequence_rank == 0
+        valid = int(devices.all_sum(batch.target_mask.sum() * whole))
         if not valid:
             raise UserError(
                 f"no target of step {self._step + 1} counts: all are masked",
@@ -200,14 +201,67 @@ class Trainer:
             )
         return valid
 
-    def _check_data(self, fingerprint: str) -> None:
-        if fingerprint != self._data.shards.fingerprint:
-            raise UserError(
-                f"the data has fingerprint {self._data.shards.fingerprint}, the run began with "
-                f"{fingerprint}",
-                where=f"data.manifest: {self._config.data.manifest}",
-                fix="give the manifest that the run began with, or begin another run",
-            )
+    def _agree(self, loss: float, norm: float) -> tuple[float, float, bool]:
+        """The whole loss, the gradient norm and the wish to stop, the same on all ranks.
+
+        The same message tells how far the ranks' part of a save under way is.
+        """
+        written = self._saver.poll()
+        shares = [
+            loss if self._counts else 0.0,
+            norm if devices.rank() == 0 else 0.0,
+            float(self._stop.name is not None),
+            float(written == Progress.BUSY),
+            float(written == Progress.FAILED),
+        ]
+        sums = devices.all_sum(torch.tensor(shares, dtype=torch.float64)).tolist()
+        total, norm, asking, busy, failed = sums
+        states = {Progress.FINISHED: 1, Progress.BUSY: busy, Progress.FAILED: failed}
+        self._saver.advance([state for state, ranks in states.items() if ranks])
+        return total, norm, asking > 0
+
+    def _stop_agreed(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on all ranks."""
+        asked = torch.tensor(float(self._stop.name is not None))
+        return devices.all_sum(asked).item() > 0
+
+    def _ask_all(self, verdict: guard.Verdict, losses: list[float]) -> str:
+        """Where a bad number comes from; asked only then."""
+        if verdict.action == "accept":
+            return ""
+        own = guard.Witness(tuple(losses), self._engine.own_gradient_finite())
+        return guard.blame(verdict.number, devices.gather_objects(own))
+
+    def _undo(self, records: Records, verdict: guard.Verdict, seen: str) -> None:
+        """Stop the run at a bad step, or go back to an earlier checkpoint.
+
+        Raises:
+            TitansError: the guard stops the run.
+        """
+        where = f"{seen}; data position {self._position}"
+        event = {
+            "step": self._step + 1,
+            "event": verdict.action,
+            "reason": verdict.reason,
+            "where": where,
+            "from_step": self._step + 1,
+            "position": self._position + self._tokens_per_step,
+            "bad": self._guard.bad,
+        }
+        self._enter("saving")
+        self._saver.wait()
+        if verdict.action == "stop":
+            records.stop(event)
+            raise TitansError(f"{verdict.reason} at step {self._step + 1}", where=where, fix=FIX)
+        self._enter("rolling back")
+        self._engine.discard()
+        back = self._config.guard.rollback_steps
+        path = devices.from_first(
+            lambda: rollback.choose(self._directory.checkpoints, self._step, back)
+        )
+        devices.from_first(lambda: rollback.remove_later(path))
+        records.rollback(event | {"step": int(path.name.removeprefix("step-"))})
+        self.restore(path)
 
     @torch.no_grad()
     def _validate(self, *, stoppable: bool) -> tuple[float | None, bool]:
@@ -216,109 +270,77 @@ class Trainer:
         Where it is ``stoppable`` it gives up between batches for a signal: the time that is left
         is for the checkpoint.
         """
-        train, sums = self._config.train, torch.zeros(2, dtype=torch.float64)
+        train = self._config.train
         if not self._config.data.validation_fraction:
             return None, False
-        self._engine.train(False)
-        for batch in self._data.loader.validation_batches(
+        batches = self._data.loader.validation_batches(
             sequences=train.micro_batch_size * self._mesh.data,
             limit=train.validation_sequences,
             rank=self._data_rank,
             ranks=self._mesh.data,
-        ):
-            if stoppable and self._stop_agreed():
-                self._engine.train()
-                return None, True
-            for tokens, mask in self._micro_batches(batch):
-                count = tokens[:, 1:].numel() if mask is None else int(mask.sum())
-                loss = self._summed_loss(tokens, mask).item()
-                sums += torch.tensor([loss, count], dtype=torch.float64)
+        )
+        self._enter("validating", work="validation")
+        self._engine.train(False)
+        total, valid, stop = 0.0, 0, False
+        for number, batch in enumerate(batches):
+            # Asking brings the sequence ranks in step: not more often than there are such.
+            if stoppable and number % self._mesh.sequence == 0 and self._stop_agreed():
+                stop = True
+                break
+            self._begin("validation batch")
+            loss, count = self._passes.evaluate(batch)
+            total, valid = total + loss.item(), valid + count
+        self._parallel.links.drain()
         self._engine.train()
-        own = sums[0].item()
-        total, valid = devices.all_sum(sums).tolist()
-        place = guard.Place(self._step, self._position)
-        guard.check_loss(total, own, place, "validation loss")
-        return total / valid if valid else None, False
+        self._enter("validated", work="validation")
+        return (None, True) if stop else (self._mean(total, valid), False)
 
-    def _save(self) -> Path:
-        return save(
-            self._directory.checkpoints,
+    def _mean(self, total: float, valid: int) -> float | None:
+        """The mean of all ranks' summed validation losses; None without a target.
+
+        Raises:
+            TitansError: it is not finite.
+        """
+        own = torch.tensor([total, valid], dtype=torch.float64)
+        whole, targets = devices.all_sum(own if self._counts else own.zero_()).tolist()
+        if not math.isfinite(whole):
+            shares = devices.gather_objects(total)
+            bad = [str(rank) for rank, share in enumerate(shares) if not math.isfinite(share)]
+            raise TitansError(
+                f"the validation loss is {whole} at step {self._step}",
+                where=f"rank {', '.join(bad)}; data position {self._position}",
+                fix=FIX,
+            )
+        return whole / targets if targets else None
+
+    def _save(self, *, wait: bool) -> None:
+        """Begin to save this step's state; wait for the disk if asked to, here or by the run."""
+        self._enter("saving")
+        self._saver.begin(
             self._step,
             self._engine.shards(),
             state={
                 "step": self._step,
                 "position": self._position,
+                "updates": self._updates,
+                "guard": self._guard.state(),
                 "fingerprint": self._data.shards.fingerprint,
                 "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
-                "rng": _random_state(),
+                "rng": build.random_state(),
             },
             files={
                 "config.yaml": run_config.dump(self._config).encode(),
                 "tokenizer.model": self._data.shards.tokenizer.read_bytes(),
             },
-            keep=self._config.checkpoint.keep,
         )
+        if wait or not self._config.checkpoint.asynchronous:
+            self._saver.wait()
 
-
-class Records:
-    """Rows to all listeners, on rank 0 only."""
-
-    def __init__(
-        self, config: RunConfig, directory: RunDirectory, step: int, tell: Callable[[str], None]
-    ) -> None:
-        self._tell = tell
-        self._active = devices.rank() == 0
-        if self._active:
-            self._metrics = MetricsLog(directory.metrics, step=step)
-            self._wandb = WandbLog(config, directory.path, tell)
-            self._progress = Progress(config.train.steps, tell)
-
-    def step(self, row: dict[str, Any]) -> None:
-        """A training step's row."""
-        if self._active:
-            self._metrics.write(row)
-            self._wandb.write(row)
-            self._progress.show(row)
-
-    def validation(self, step: int, loss: float | None) -> None:
-        """A validation's result; None is none."""
-        if self._active and loss is not None:
-            row = {"step": step, "validation_loss": loss}
-            self._metrics.write(row)
-            self._wandb.write(row)
-            self._tell(f"step {step}  validation loss {loss:.4f}")
-
-    def sync(self) -> None:
-        """Before a checkpoint: what was told so far survives a power cut."""
-        if self._active:
-            self._metrics.sync()
-
-    def close(self) -> None:
-        """Nothing comes any more."""
-        if self._active:
-            self._wandb.close()
-
-
-def _build_engine(config: RunConfig, mesh: Mesh, device: torch.device) -> ZeroEngine:
-    """The model with the seed's initial weights, whatever the number of ranks, in an engine."""
-    from titans_pretrain.model.configuration_titans import TitansConfig
-    from titans_pretrain.model.modeling_titans import TitansForCausalLM
-
-    torch.manual_seed(config.train.seed)
-    model = TitansForCausalLM(TitansConfig(**config.model)).float()
-    adam = optimizer.build(model, config.train)
-    engine = ZeroEngine(model, adam, config.train, mesh, device)
-    engine.train()
-    return engine
+    def _enter(self, phase: str, *, step: int | None = None, work: str = "") -> None:
+        """Tell the watch what begins."""
+        self._whereabouts.enter(phase, step=step)
+        self._begin(work or phase)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _random_state() -> str:
-    return base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-
-
-def _set_random_state(text: str) -> None:
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8))

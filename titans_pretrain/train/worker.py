@@ -19,9 +19,14 @@ from titans_pretrain.errors import StoppedEarly, TitansError, UserError
 from titans_pretrain.files import write_json
 from titans_pretrain.parallel import devices, mesh
 from titans_pretrain.parallel.devices import OtherRankFailed
-from titans_pretrain.train.directory import RunDirectory, write_first
+from titans_pretrain.parallel.parallelize import Parallel
+from titans_pretrain.parallel.self_check import check_mesh
+from titans_pretrain.parallel.whereabouts import Whereabouts
+from titans_pretrain.train.build import open_data
+from titans_pretrain.train.directory import RunDirectory, failure_record, write_first
 from titans_pretrain.train.signals import StopRequest
-from titans_pretrain.train.trainer import Trainer, open_data
+from titans_pretrain.train.trainer import Trainer
+from titans_pretrain.train.watch import Watch
 
 
 def work(config: RunConfig, *, resume: bool) -> int:
@@ -57,6 +62,8 @@ class Worker:
         self._complaints: TextIO = sys.stderr
         self._log: Path | None = None
         self._stop = StopRequest()
+        self._whereabouts = Whereabouts()
+        self._watch: Watch | None = None
 
     def run(self, device: torch.device, *, resume: bool) -> None:
         """Check, prepare, resume and train; needs a process group."""
@@ -68,16 +75,27 @@ class Worker:
         notes, checkpoint = devices.from_first(lambda: self._open(resume))
         self._redirect()
         self._tell_ranks()
-        for note in (str(grid), *notes):
+        watch = self._start_watch()
+        for note in (grid.table(), *notes):
             self._tell(note)
         if checkpoint is not None and _step_of(checkpoint) >= config.train.steps:
             self._tell(f"finished already: {checkpoint.name} of {config.train.steps} steps")
             return
-        trainer = Trainer(config, grid, device, data, self._directory, self._stop, self._tell)
+        parallel = Parallel(
+            grid,
+            self._rank,
+            activation_checkpointing=config.train.activation_checkpointing,
+            whereabouts=self._whereabouts,
+        )
+        check_mesh(config, parallel, device)
+        trainer = Trainer(
+            config, parallel, device, data, self._directory, self._stop, self._tell, watch.begin
+        )
         if checkpoint is not None:
             trainer.restore(checkpoint)
         devices.from_first(lambda: self._directory.begin(config))
         trainer.run()
+        watch.end()
         self._tell(f"done: {config.train.steps} steps in {self._directory.path}")
 
     def report(self, error: BaseException) -> int:
@@ -86,6 +104,8 @@ class Worker:
         Returns:
             The exit code.
         """
+        if self._watch is not None:
+            self._watch.settle()
         told = self._explain(error)
         if self._log is not None and not isinstance(error, UserError | StoppedEarly):
             traceback.print_exception(error, file=sys.stderr)
@@ -143,10 +163,22 @@ class Worker:
         if self._rank == 0:
             write_json(self._directory.ranks, {str(i): place for i, place in enumerate(places)})
 
+    def _start_watch(self) -> Watch:
+        self._watch = watch = Watch(
+            self._directory,
+            self._rank,
+            devices.ranks(),
+            self._whereabouts,
+            seconds=self._config.run.hang_seconds,
+            complain=lambda text: _print(text, self._complaints),
+        )
+        watch.start()
+        return watch
+
     def _explain(self, error: BaseException) -> TitansError:
         if isinstance(error, TitansError):
             return error
-        where = f"rank {self._rank} on {socket.gethostname()}"
+        where = f"rank {self._rank} on {socket.gethostname()}: {self._whereabouts.place}"
         if isinstance(error, torch.OutOfMemoryError):
             return TitansError(
                 "out of GPU memory",
@@ -155,6 +187,13 @@ class Worker:
                 "start more ranks",
             )
         first_line = (str(error).splitlines() or [""])[0]
+        if _is_lost_connection(error):
+            return TitansError(
+                f"the connection to another rank is lost: {first_line}",
+                where=where,
+                fix="a rank or its host has died: its log or the job's may say why; continue with "
+                "--resume",
+            )
         return TitansError(
             f"{type(error).__name__}: {first_line}",
             where=where,
@@ -163,16 +202,8 @@ class Worker:
 
     def _write_error(self, told: TitansError, error: BaseException) -> bool:
         """Whether this is the first failure of the run, as far as the file system knows."""
-        record = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "rank": self._rank,
-            "host": socket.gethostname(),
-            "exit_code": told.exit_code,
-            "what": told.what,
-            "where": told.where,
-            "fix": told.fix,
-            "traceback": traceback.format_exception(error),
-        }
+        calls = traceback.format_exception(error)
+        record = failure_record(told, self._rank, socket.gethostname(), calls)
         try:
             return write_first(self._directory.error, record)
         except OSError:
@@ -187,6 +218,13 @@ def _print(sentence: str, terminal: TextIO) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, terminal.fileno())
         os.close(nowhere)
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether communication failed, as it does on all ranks when one dies."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "/gloo/" in str(error)
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -1,0 +1,58 @@
+"""A rank that makes steps and then hangs: ``hanging_rank.py DIRECTORY RANK RANKS HOW``."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+from titans_pretrain.parallel.whereabouts import Whereabouts
+from titans_pretrain.train import watch
+from titans_pretrain.train.directory import RunDirectory
+
+watch.POLL_SECONDS = 0.05
+watch.LOOK_SECONDS = 0.2
+watch.GATHER_SECONDS = 2.0
+STEPS = 3
+
+
+def hang_like(how, whereabouts):
+    if how == "asleep":
+        time.sleep(60)
+    elif how == "receiving":
+        with whereabouts.waiting("model.layers.0", 1):
+            threading.Event().wait(60)
+    elif how == "spinning":
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            pass
+    elif how == "ending":
+        raise SystemExit(9)
+
+
+def main(directory, rank, ranks, how):
+    run, whereabouts = RunDirectory(Path(directory)), Whereabouts()
+    watching = watch.Watch(
+        run,
+        rank,
+        ranks,
+        whereabouts,
+        seconds=1,
+        complain=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    watching.start()
+    for step in range(1, STEPS + 1):
+        whereabouts.enter("forward", step=step, micro_batch=0)
+        watching.begin("step")
+        time.sleep(0.1)
+    watching.begin("step")
+    print("stuck", flush=True)
+    if how == "failing":
+        time.sleep(1.5)
+        watching.settle()
+        raise SystemExit(1)
+    hang_like(how, whereabouts)
+    watching.end()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

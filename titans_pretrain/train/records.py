@@ -1,0 +1,73 @@
+"""Rows of a run to all its listeners."""
+
+from collections.abc import Callable
+from typing import Any
+
+from titans_pretrain.config import RunConfig
+from titans_pretrain.parallel import devices
+from titans_pretrain.train.directory import RunDirectory
+from titans_pretrain.train.metrics import MetricsLog, Progress, WandbLog
+
+
+class Records:
+    """``metrics.jsonl``, wandb and the terminal, on rank 0; nothing elsewhere.
+
+    Args:
+        config: the run.
+        directory: the run's.
+        step: the step the run goes on from.
+        tell: prints a sentence.
+    """
+
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory, step: int, tell: Callable[[str], None]
+    ) -> None:
+        self._tell = tell
+        self._active = devices.rank() == 0
+        if self._active:
+            self._metrics = MetricsLog(directory.metrics, step=step)
+            self._wandb = WandbLog(config, directory.path, tell)
+            self._progress = Progress(config.train.steps, tell)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """A training step's row."""
+        if self._active:
+            self._metrics.write(row)
+            self._wandb.write(row)
+            if "skipped" in row:
+                self._tell(f"step {row['step']}  skipped: {row['skipped']}; {row['where']}")
+            else:
+                self._progress.show(row)
+
+    def validation(self, step: int, loss: float | None) -> None:
+        """A validation's result; None is none."""
+        if self._active and loss is not None:
+            row = {"step": step, "validation_loss": loss}
+            self._metrics.write(row)
+            self._wandb.write(row)
+            self._tell(f"step {step}  validation loss {loss:.4f}")
+
+    def stop(self, event: dict[str, Any]) -> None:
+        """The guard's decision to end the run; the error that follows tells it."""
+        if self._active:
+            self._metrics.write(event)
+            self._metrics.sync()
+
+    def rollback(self, event: dict[str, Any]) -> None:
+        """Going back to the state after ``event["step"]``: later rows are undone."""
+        if self._active:
+            self._metrics.undo(event["step"], event)
+            self._tell(
+                f"step {event['from_step']}  {event['reason']}; {event['where']}; going on from "
+                f"step {event['step']} with the data after position {event['position']}"
+            )
+
+    def sync(self) -> None:
+        """Before a checkpoint: what was told so far survives a power cut."""
+        if self._active:
+            self._metrics.sync()
+
+    def close(self) -> None:
+        """Nothing comes any more."""
+        if self._active:
+            self._wandb.close()
