@@ -18,8 +18,8 @@ from resume_cases import prepare, sections, tensors, timeless_rows
 
 from titans_pretrain.checkpoint.format import newest_good, read_state
 
-STEPS_A_KILL = 8
-MOST_NEW_STEPS = 4
+STEPS_A_KILL = 5
+MOST_NEW_STEPS = 3
 START_SECONDS = 2.0
 PATIENCE = 600
 PLACE = re.compile(r"^(?:starting at step 0|resuming from \S+/step-(\d+))$", re.MULTILINE)
@@ -101,7 +101,7 @@ def wait_for(process, command, condition):
     while not condition():
         assert process.poll() is None, f"ended before the kill:\n{command.printed()}"
         assert time.monotonic() < deadline, f"nothing happens:\n{command.printed()}"
-        time.sleep(0.003)
+        time.sleep(0.01)
 
 
 def kill_once(command, dice, ranks, step_seconds, least):

@@ -207,6 +207,7 @@ class ZeroEngine:
         """
         for state in self._zero.optimizer.state.values():
             state["step"].fill_(step)
+        self._zero._partition_all_parameters()  # those that are gathered keep their old values
         for group in range(len(self._zero.fp32_partitioned_groups_flat)):
             # The working copy follows the float32 master only after a step.
             self._zero._reassign_or_swap_out_partitioned_parameters(group)

@@ -54,6 +54,7 @@ def open_data(config: RunConfig) -> Data:
 
 def build_engine(config: RunConfig, parallel: Parallel, device: torch.device) -> ZeroEngine:
     """The model with the seed's initial weights, whatever the mesh, in an engine."""
+    torch.manual_seed(config.train.seed)  # torch begins with another one in every process
     partition = partitioner(config.train, parallel.groups)
     model = construct(config.model, config.train.seed, parallel, partition)
     matrices = optimizer.decayed(skeleton(config.model))
