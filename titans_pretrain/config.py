@@ -147,7 +147,7 @@ class RunSection(Section):
     wandb_project: str | None = None
     """wandb project; null logs to metrics.jsonl only. Offline when no key is set."""
     hang_seconds: int = Field(default=0, ge=0)
-    """Seconds a step may take; 0 allows ten times the slowest recent one, at least 45 s."""
+    """Seconds a step may take; 0 allows ten times the slowest recent one, at least 35 s."""
     trace_step: int = Field(default=0, ge=0)
     """Optimizer step, from 1, whose trace is written; 0 writes none."""
 

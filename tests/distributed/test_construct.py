@@ -57,6 +57,13 @@ def test_layers_differ_from_each_other_and_between_seeds_and_random_numbers_go_o
     )
 
 
+def test_making_weights_seeds_no_gpu(monkeypatch):
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    construct(fields(), 3)
+    assert not seeded
+
+
 def parts(values, train, mesh):
     """Which parameters differ from those of one process."""
     from titans_pretrain.parallel import tensor

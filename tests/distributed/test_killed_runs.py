@@ -91,9 +91,17 @@ class Command:
         assert not skipped
         return int(path.name.removeprefix("step-")) if path else 0
 
+    def is_writing(self):
+        """Whether a rank has begun its file of the newest step's checkpoint, which has no name."""
+        return any(self.run.glob(f"checkpoints/.step-{self.metrics()[1]}.tmp/rank-*"))
+
     def remains(self):
         """What saves left that did not come to their end: names and times."""
-        return {(path.name, path.stat().st_mtime_ns) for path in self.run.glob("checkpoints/.*")}
+        found = set()
+        for path in self.run.glob("checkpoints/.*"):
+            with contextlib.suppress(FileNotFoundError):
+                found.add((path.name, path.stat().st_mtime_ns))
+        return found
 
 
 def wait_for(process, command, condition):
@@ -104,34 +112,37 @@ def wait_for(process, command, condition):
         time.sleep(0.01)
 
 
-def kill_once(command, dice, ranks, step_seconds, least):
-    """Start, kill a random rank ``least`` or more new steps and a part of one later.
+def kill_once(command, dice, ranks, step_seconds, into_save):
+    """Start, and kill a random rank after a few new steps and a part of one, or in a save.
 
-    Returns what a save left that was under way.
-
-    With no new step it is killed while it builds the model, loads or makes its first step.
+    With no new step it dies while it builds the model, loads or makes its first step. Returns the
+    names of what a save under way left.
     """
     before, _ = command.metrics()
     begins, old = command.newest(), command.remains()
-    new_steps, rank = dice.randint(least, MOST_NEW_STEPS), dice.randrange(ranks)
+    new_steps, rank = dice.randint(into_save, MOST_NEW_STEPS), dice.randrange(ranks)
+
+    def reached():
+        file, step = command.metrics()
+        return file != before and step >= begins + new_steps
+
     with command.started() as process:
         wait_for(process, command, lambda: PLACE.search(command.printed()))
         assert command.began() == begins
         if new_steps:
-
-            def reached():
-                file, step = command.metrics()
-                return file != before and step >= begins + new_steps
-
             wait_for(process, command, reached)
-        time.sleep(dice.uniform(0, step_seconds if new_steps else START_SECONDS))
+        if into_save:
+            wait_for(process, command, command.is_writing)
+        else:
+            time.sleep(dice.uniform(0, step_seconds if new_steps else START_SECONDS))
+        writing = command.is_writing()
         os.kill(command.pid(rank), signal.SIGKILL)
         assert process.wait(60) == 1
     assert f"\nerror: rank {rank} was killed by SIGKILL\n" in command.printed()
     remains = [name for name, _ in command.remains() - old]
     print(
-        f"rank {rank} killed {new_steps} steps after step {begins}: row {command.metrics()[1]}, "
-        f"step-{command.newest()}, {remains}"
+        f"rank {rank} killed {new_steps} steps after step {begins}, writing {writing}: "
+        f"row {command.metrics()[1]}, step-{command.newest()}, {remains}"
     )
     return remains
 
@@ -161,7 +172,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bits_of_one_never_stopped(
     print(f"KILL_SEED={seed}; {step_seconds:.3f} s a step")
     dice, remains = random.Random(seed), []
     for _ in range(kills):
-        remains.append(kill_once(broken, dice, ranks, step_seconds, least=not any(remains)))
+        remains.append(kill_once(broken, dice, ranks, step_seconds, into_save=not any(remains)))
     print(f"{sum(map(bool, remains))} of {kills} kills left a save half done")
     assert any(remains)
     begins = broken.newest()

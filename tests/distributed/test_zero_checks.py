@@ -1,19 +1,19 @@
 """What DeepSpeed would do wrong without a word is found before anything is trained or saved."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
+from mesh_training_cases import configuration
 from ranks import run_ranks
-from zero_cases import batch, engine_for, engine_step, fields, same_state, settings
+from zero_cases import batch, engine_for, engine_step, same_state, settings
 
-from titans_pretrain.config import MeshSection
 from titans_pretrain.errors import TitansError
 from titans_pretrain.parallel import devices, sequence, tensor_comm, zero_settings
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.parallelize import Parallel
-from titans_pretrain.parallel.self_check import check_mesh
+from titans_pretrain.train import passes
+from titans_pretrain.train.self_check import check_mesh
 
 
 def train_with_gradients_scaled_by_two(train):
@@ -41,6 +41,26 @@ def train_with_a_step_that_does_nothing(train):
 
 def test_a_step_without_effect_is_found():
     run_ranks(train_with_a_step_that_does_nothing, 2, settings())
+
+
+def train_with_a_step_that_does_nothing_where_a_rank_has_no_gradient(train):
+    engine, parallel = engine_for(train, tensor=2)
+    engine._zero._optimizer_step = lambda group: None
+    check = engine._probe.check_update
+
+    def without_a_gradient(learning_rate):
+        if devices.rank() == 1:
+            for followed in engine._probe._followed:
+                followed.moved = 0.0
+        check(learning_rate)
+
+    engine._probe.check_update = without_a_gradient
+    with pytest.raises(TitansError, match="did not change"):
+        engine_step(engine, parallel, train, 0)
+
+
+def test_a_step_without_effect_is_found_on_ranks_without_a_gradient_too():
+    run_ranks(train_with_a_step_that_does_nothing_where_a_rank_has_no_gradient, 2, settings())
 
 
 def train_at_a_rate_below_the_spacing_of_the_weights(train):
@@ -94,6 +114,52 @@ def test_a_setting_deepspeed_would_ignore_is_refused():
     zero_settings.check_settings(made)
     with pytest.raises(TitansError, match="gradient_cliping"):
         zero_settings.check_settings(made | {"gradient_cliping": 1.0})
+
+
+def engine_without_clipping(train):
+    import deepspeed
+
+    initialize = deepspeed.initialize
+
+    def forgetful(*, config, **arguments):
+        del config["gradient_clipping"]
+        return initialize(config=config, **arguments)
+
+    deepspeed.initialize = forgetful
+    with pytest.raises(TitansError, match=r"asked for gradient_clipping = 0\.5 and has 0\.0"):
+        engine_for(train)
+
+
+def test_a_setting_that_deepspeed_did_not_take_is_found():
+    run_ranks(engine_without_clipping, 1, settings())
+
+
+def settings_compared(train):
+    """How many settings there are, each of which may not be another than DeepSpeed has."""
+    engine, parallel = engine_for(train)
+    elements = sum(parameter.ds_numel for parameter in engine._parameters.values())
+    made = zero_settings.deepspeed_settings(train, parallel.mesh, elements)
+    zero_settings.check_taken(made, engine._engine)
+    compared = []
+
+    def differ(inside):
+        for key, value in inside.items():
+            if isinstance(value, dict):
+                differ(value)
+                continue
+            inside[key] = "another"
+            with pytest.raises(TitansError, match=f"asked for {key} = another"):
+                zero_settings.check_taken(made, engine._engine)
+            inside[key] = value
+            compared.append(key)
+
+    differ(made)
+    return len(compared)
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "offload_optimizer": True}])
+def test_every_setting_is_compared_with_what_deepspeed_has(changes):
+    assert run_ranks(settings_compared, 1, settings(**changes)) == [23]
 
 
 def failing_together(failing):
@@ -197,27 +263,30 @@ def test_a_missing_sum_over_tensor_ranks_is_found_on_all_ranks():
     run_ranks(train_without_the_sum_over_tensor_ranks, 2, settings())
 
 
-def check(variant, sizes, changes, broken=False):
-    if broken:
+def lose_state_gradients():
+    def lost(ctx, *grads):
+        zeros = [torch.zeros_like(gradient) for gradient in grads]
+        ctx.boundary.links.send("previous", f"{ctx.boundary.name}.state", zeros)
+        return None, None, None
 
-        def lost(ctx, *grads):
-            zeros = [torch.zeros_like(gradient) for gradient in grads]
-            ctx.boundary.links.send("previous", f"{ctx.boundary.name}.state", zeros)
-            return None, None, None
+    sequence._Enter.backward = staticmethod(lost)
 
-        sequence._Enter.backward = staticmethod(lost)
-    train = settings(**changes)
-    mesh = Mesh(
-        data=devices.ranks() // (sizes.get("tensor", 1) * sizes.get("sequence", 1)), **sizes
-    )
-    parallel = Parallel(
-        mesh, devices.rank(), activation_checkpointing=train.activation_checkpointing
-    )
-    config = SimpleNamespace(
-        model=fields(variant, num_attention_heads=8, segment_length=16),
-        train=train,
-        mesh=MeshSection(),
-    )
+
+def double_the_gradients():
+    scale = passes.rank_loss
+    passes.rank_loss = lambda *arguments: 2 * scale(*arguments)
+
+
+def make_losses_nan():
+    Parallel.cross_entropy = lambda self, logits, targets: logits[..., 0] * float("nan")
+
+
+def check(variant, sizes, changes, sabotage=None):
+    if sabotage:
+        sabotage()
+    config = configuration(variant, sizes, **changes)
+    recomputes = config.train.activation_checkpointing
+    parallel = Parallel(Mesh(*sizes), devices.rank(), activation_checkpointing=recomputes)
     state = torch.get_rng_state()
     try:
         check_mesh(config, parallel, torch.device("cpu"))
@@ -229,21 +298,44 @@ def check(variant, sizes, changes, broken=False):
 
 
 @pytest.mark.parametrize(
-    ("count", "variant", "sizes", "changes"),
+    ("variant", "sizes", "changes"),
     [
-        (1, "mac", {}, {"precision": "bf16"}),
-        (2, "lmm", {}, {"offload_optimizer": True}),
-        (2, "mal", {"sequence": 2}, {"activation_checkpointing": True}),
-        (2, "mac", {"tensor": 2}, {"precision": "bf16"}),
-        (4, "mag", {"sequence": 4}, {}),
-        (4, "transformer", {"tensor": 2, "sequence": 2}, {}),
+        ("mac", (1, 1, 1), {"precision": "bf16"}),
+        ("lmm", (1, 2, 1), {"offload_optimizer": True}),
+        ("mal", (1, 1, 2), {"activation_checkpointing": True}),
+        ("mac", (2, 1, 1), {"precision": "bf16"}),
+        ("mag", (1, 1, 4), {}),
+        ("transformer", (2, 1, 2), {}),
     ],
 )
-def test_a_sound_mesh_passes_the_check_at_the_start(count, variant, sizes, changes):
+def test_a_sound_mesh_passes_the_check_at_the_start(variant, sizes, changes):
+    count = sizes[0] * sizes[1] * sizes[2]
     assert run_ranks(check, count, variant, sizes, changes) == [""] * count
 
 
-def test_a_gradient_lost_on_its_way_to_the_span_before_fails_the_check_on_all_ranks():
-    found = run_ranks(check, 2, "lmm", {"sequence": 2}, {}, True)
-    assert found[0] == found[1]
+def forget_what_lies_beyond_the_span_before():
+    look_back = sequence._look_back
+
+    def look_back_a_span(boundary, name, length, dim, tensors):
+        before = look_back(boundary, name, length, dim, tensors)
+        beyond = max(0, before[0].shape[dim] - tensors[0].shape[dim])
+        for tensor in before:
+            tensor.narrow(dim, 0, beyond).zero_()
+        return before
+
+    sequence._look_back = look_back_a_span
+
+
+@pytest.mark.parametrize(
+    ("variant", "spans", "sabotage"),
+    [
+        ("lmm", 2, lose_state_gradients),
+        ("lmm", 2, double_the_gradients),
+        ("lmm", 2, make_losses_nan),
+        ("mag", 4, forget_what_lies_beyond_the_span_before),
+    ],
+)
+def test_a_wrong_loss_or_gradient_fails_the_check_on_all_ranks(variant, spans, sabotage):
+    found = run_ranks(check, spans, variant, (1, 1, spans), {}, sabotage)
+    assert found == [found[0]] * spans
     assert "of a tiny model is" in found[0]

@@ -1,5 +1,6 @@
 """What is deleted, and when: old checkpoints and the remains of dead saves. No torch here."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -32,28 +33,29 @@ def prune(root: Path, step: int, keep: int, keep_every: int = 0) -> list[int]:
     """Delete checkpoints older than the newest ``keep`` whole ones up to ``step``.
 
     Checkpoints that lack files, are cut or cannot be read do not count as kept. One that cannot be
-    read or deleted is logged and stays.
+    read or deleted is logged and stays. The older ones that stay for good are not looked at: their
+    number does not matter.
 
     Args:
         root: directory of the run's checkpoints.
         step: the checkpoint just written; it stays, and so do newer ones.
         keep: how many stay, at least 1.
-        keep_every: whole ones whose step is a multiple of it stay for good; 0 none.
+        keep_every: those whose step is a multiple of it stay for good; 0 none.
 
     Returns:
         The steps deleted.
     """
-    earlier = [number for number in layout.steps(root) if number <= step]
-    problems = {number: _problems(root / layout.step_name(number)) for number in earlier}
-    whole = [number for number in earlier if problems[number] == []]
-    oldest_kept = min([step, *whole[-keep:]])
-    for_good = {number for number in whole if keep_every and number % keep_every == 0}
-    doomed = [
+    earlier = {n: root / layout.step_name(n) for n in layout.steps(root) if n <= step}
+    whole = (number for number, path in reversed(earlier.items()) if _problems(path) == [])
+    oldest_kept = min([step, *itertools.islice(whole, keep)])
+    return [
         number
-        for number in earlier
-        if number < oldest_kept and number not in for_good and problems[number] is not None
+        for number, path in earlier.items()
+        if number < oldest_kept
+        and not (keep_every and number % keep_every == 0)
+        and _problems(path) is not None
+        and _delete(path)
     ]
-    return [number for number in doomed if _delete(root / layout.step_name(number))]
 
 
 def _problems(path: Path) -> list[str] | None:

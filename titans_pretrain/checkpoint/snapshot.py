@@ -12,6 +12,7 @@ from titans_pretrain.checkpoint import agreement
 from titans_pretrain.checkpoint.planner import ShardSavePlanner, chunks_of
 from titans_pretrain.checkpoint.storage import encode, entry_of
 from titans_pretrain.checkpoint.tensor_file import Entry
+from titans_pretrain.errors import TitansError
 from titans_pretrain.parallel.shards import FlatShard
 
 
@@ -69,7 +70,11 @@ class HostBuffer:
         self.boxes: list[torch.Tensor] = []
 
     def fill(self, written: WritePlan, shards: Sequence[FlatShard]) -> None:
-        """Copy the plan's boxes out of the shards; pinned if these are on a GPU."""
+        """Copy the plan's boxes out of the shards; pinned if these are on a GPU.
+
+        Raises:
+            TitansError: the host has no memory for them.
+        """
         parts = {
             MetadataIndex(shard.name, chunk.offsets): part
             for shard in shards
@@ -89,7 +94,15 @@ class HostBuffer:
     def _reserve(self, size: int, *, pinned: bool) -> None:
         if self._bytes.numel() != size:
             self._bytes = torch.empty(0, dtype=torch.uint8)  # frees the old one first
-            self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            try:
+                self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            except RuntimeError as error:
+                taken = 1 << (size - 1).bit_length() if pinned else size
+                kind = "pinned, which comes in powers of two" if pinned else "pageable"
+                raise TitansError(
+                    f"no {taken:,} bytes of host memory ({kind}) for a copy of the {size:,} that "
+                    f"this rank writes: {str(error).splitlines()[0]}"
+                ) from None
 
 
 def _distribute(

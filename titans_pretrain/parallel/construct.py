@@ -66,14 +66,14 @@ def _units(model: "TitansForCausalLM") -> Iterator[str]:
 
 
 def _materialise(model: "TitansForCausalLM", unit: nn.Module, name: str, seed: int) -> None:
-    """Give a part its initial weights, on the host; the process's random state stays."""
+    """Give a part its initial weights, on the host; the random state, a GPU's too, stays."""
     if next(unit.buffers(), None) is not None:
         raise ValueError(f"{name} has buffers, which would not be initialised")
     unit.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):
         for inner, module in unit.named_modules():
             place = ".".join(part for part in (name, inner) if part)
-            torch.manual_seed(_seed(seed, place))
+            torch.default_generator.manual_seed(_seed(seed, place))  # no GPU's
             model._init_weights(module)
 
 

@@ -67,9 +67,9 @@ class FirstStepProbe:
         """
         for followed in self._followed:
             visible = self.fresh and followed.is_visible(learning_rate)
-            found = devices.gather_objects((*followed.changes(), visible))
-            changed, taken, visible = (any(column) for column in zip(*found, strict=True))
-            if followed.moved > 0 and (not taken or (visible and not changed)):
+            found = devices.gather_objects((*followed.changes(), visible, followed.moved > 0))
+            changed, taken, visible, moved = (any(column) for column in zip(*found, strict=True))
+            if moved and (not taken or (visible and not changed)):
                 raise TitansError(
                     f"the optimizer step did not change {followed.name} though it has a gradient",
                     where=WHERE,
@@ -117,8 +117,9 @@ class _Followed:
         One that is not finite is not judged: no step is taken with it.
         """
         groups = self._engine._groups
-        for group in (groups.data, groups.sequence):
-            dist.all_reduce(self._own, group=group)
+        dist.all_reduce(self._own, group=groups.data)
+        if groups.mesh.sequence > 1:
+            dist.all_reduce(self._own, group=groups.sequence)
         part = self._engine.part("gradients", self.name)
         reduced = self._own / groups.mesh.data
         self.moved = float(reduced.abs().max())

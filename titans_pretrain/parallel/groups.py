@@ -14,18 +14,19 @@ class Groups:
     Attributes:
         mesh: the grid of ranks.
         rank: this rank.
-        tensor: ranks that share its layers.
+        tensor: ranks that share its layers; None where it is the only one.
         data: ranks that shard its parameters and reduce their gradients (ZeRO-3).
-        sequence: ranks that hold the other spans of its sequences.
+        sequence: ranks that hold the other spans of its sequences; None where it holds all.
         tensor_rank, data_rank, sequence_rank: its index along each axis.
     """
 
     def __init__(self, mesh: Mesh, rank: int) -> None:
         self.mesh, self.rank = mesh, rank
         self.tensor_rank, self.data_rank, self.sequence_rank = mesh.coordinates(rank)
-        self.tensor = own_group(mesh.tensor_groups())
-        self.data = own_group(mesh.data_groups())
-        self.sequence = own_group(mesh.sequence_groups())
+        # All ranks make each group: without need, a group of every single rank.
+        self.tensor = own_group(mesh.tensor_groups()) if mesh.tensor > 1 else None
+        self.data = own_group(mesh.data_groups())  # DeepSpeed asks for it in any case
+        self.sequence = own_group(mesh.sequence_groups()) if mesh.sequence > 1 else None
 
 
 def own_group(groups: Sequence[tuple[int, ...]]) -> Any:

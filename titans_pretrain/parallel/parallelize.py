@@ -1,6 +1,10 @@
 """Applies a mesh to a built model, from outside: layers are split, boundaries are given ends."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from titans_pretrain.model.boundary import Boundary
 from titans_pretrain.parallel import tensor
@@ -49,12 +53,15 @@ class Parallel:
             name: its full name in the model, ``""`` for a whole one.
         """
         tensor.split(unit, name, self.groups, self.replay)
-        if self.mesh.sequence == 1:
-            return
-        for inner, module in unit.named_modules():
-            if isinstance(getattr(module, "boundary", None), Boundary):
-                place = ".".join(part for part in (name, inner) if part)
+        for place, module in unit.named_modules(prefix=name):
+            if isinstance(module, GradientCheckpointingLayer):
+                module.register_forward_pre_hook(self._tell(place))
+            if self.mesh.sequence > 1 and isinstance(getattr(module, "boundary", None), Boundary):
                 module.boundary = SpanBoundary(place, self.groups, self.links, self.replay)
+
+    def _tell(self, place: str) -> Callable[[nn.Module, Any], None]:
+        """A hook that says which block runs."""
+        return lambda module, arguments: self.whereabouts.at(place)
 
     def span(self, columns: Tensor) -> Tensor:
         """This rank's share of the columns of (rows, T), or of (rows, T + 1) tokens.

@@ -4,6 +4,7 @@ Messages carry no tags: of one pair of ranks and one direction they arrive in th
 sent, as NCCL has it, and both ends walk the same model in the same order.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -23,7 +24,9 @@ Side = Literal["previous", "next"]
 class Links:
     """This rank's channels to the ranks that hold the spans before and after its own.
 
-    There is a process group per direction: what goes on never waits behind what comes back.
+    There is a process group per direction: what goes on never waits behind what comes back. On
+    NCCL each pair of a group has a communicator of its own, as torch makes them at first use; the
+    first message between two ranks waits for both.
 
     Args:
         mesh: the grid of ranks.
@@ -41,10 +44,15 @@ class Links:
             "previous": mesh.previous(rank),
             "next": mesh.next(rank),
         }
-        forward, backward = (own_group(mesh.sequence_groups()) for _ in range(2))
-        self._outgoing = {"previous": backward, "next": forward}
-        self._incoming = {"previous": forward, "next": backward}
-        self._pending: list[tuple[Any, Tensor]] = []
+        self._outgoing: dict[Side, Any] = {}
+        self._incoming: dict[Side, Any] = {}
+        if mesh.sequence > 1:
+            forward, backward = (own_group(mesh.sequence_groups()) for _ in range(2))
+            self._outgoing = {"previous": backward, "next": forward}
+            self._incoming = {"previous": forward, "next": backward}
+        self._pending: deque[tuple[Any, Tensor]] = deque()
+        self._awaited: deque[tuple[str, int, Any]] = deque()
+        whereabouts.awaited = self._first_awaited
         self.bytes_sent: dict[tuple[str, Side], int] = {}
 
     def has(self, side: Side) -> bool:
@@ -64,9 +72,8 @@ class Links:
         with record_function(f"hand-over: {name} to rank {rank}"):
             dtype = _widest(tensor.dtype for tensor in tensors)
             message = torch.cat([tensor.detach().to(dtype).reshape(-1) for tensor in tensors])
-            self._pending = [
-                (work, kept) for work, kept in self._pending if not work.is_completed()
-            ]
+            while self._pending and self._pending[0][0].is_completed():
+                self._pending.popleft()
             self._post(rank, self._outgoing[side], message, name)
         key = (name, side)
         sent = message.numel() * message.element_size()
@@ -96,10 +103,9 @@ class Links:
         )
 
     def drain(self) -> None:
-        """Wait until everything sent has arrived; after a step's passes."""
-        for work, _ in self._pending:
-            work.wait()
-        self._pending = []
+        """Let go of everything sent, once it may be (on gloo: once it was taken)."""
+        while self._pending:
+            self._pending.popleft()[0].wait()
 
     def _post(self, rank: int, group: Any, message: Tensor, name: str) -> None:
         """Send one flat message."""
@@ -110,6 +116,18 @@ class Links:
         work = dist.irecv(message, rank, group=group)
         assert work is not None
         work.wait()
+        if message.is_cuda:  # only the stream waits: the host goes on
+            self._first_awaited()
+            self._awaited.append((name, rank, work))
+
+    def _first_awaited(self) -> tuple[str, int] | None:
+        """The oldest message that the device still waits for, and its sender."""
+        while self._awaited:
+            name, rank, work = self._awaited[0]
+            if not work.is_completed():
+                return name, rank
+            self._awaited.popleft()
+        return None
 
 
 def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:

@@ -146,6 +146,11 @@ def _inputs(linear: nn.Linear, site: _Site) -> None:
     _become(linear, Row(linear, site.exchange()))
 
 
+def _last_inputs(linear: nn.Linear, site: _Site) -> None:
+    """Like ``_inputs`` for a block's last layer: its recomputation ends before the sum."""
+    _inputs(linear, site._replace(replay=Replay(enabled=False)))
+
+
 def _parts(module: nn.Module, site: _Site) -> None:
     """Some channels or heads, along the first axis."""
     _cut(module, 0, site)
@@ -194,7 +199,7 @@ _ROLES: dict[str, tuple[type[nn.Module], _Role]] = {
     "attention_norm": (RMSNorm, _own_heads),
     "gather_heads": (nn.Identity, _gathers),
     "o_proj": (nn.Linear, _inputs),
-    "down_proj": (nn.Linear, _inputs),
+    "down_proj": (nn.Linear, _last_inputs),
     "model.norm": (RMSNorm, _same),
     "lm_head": (nn.Linear, _logits),
 }

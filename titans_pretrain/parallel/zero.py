@@ -9,6 +9,7 @@ its forward pass; then ``gradient_norm``; then ``step`` or ``discard``.
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from titans_pretrain.parallel.zero_settings import (
     DataParallelUnit,
     check_groups,
     check_settings,
+    check_taken,
     check_unit,
     deepspeed_settings,
     import_deepspeed,
@@ -34,6 +36,7 @@ from titans_pretrain.parallel.zero_settings import (
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NORM_ELEMENTS = 1 << 20
+SUM_ELEMENTS = 1 << 26  # of gradients on the host that are summed at once
 
 
 class ZeroEngine:
@@ -84,11 +87,12 @@ class ZeroEngine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
-            config=settings,
+            config=copy.deepcopy(settings),
             mpu=unit,
             dist_init_required=False,
         )
         self._parameters: dict[str, Any] = dict(self._engine.module.named_parameters())
+        check_taken(settings, self._engine)
         check_groups(self._parameters, unit.get_data_parallel_group_ranks())
         self._own_steps()
         self._create_moments()
@@ -173,12 +177,8 @@ class ZeroEngine:
     def discard(self) -> None:
         """Forget the step's gradients; parameters, moments and Adam's step stay as they are."""
         self.gradient_norm()
-        # What DeepSpeed does at a norm that is not finite, without its warning.
-        self._zero._pre_step()
-        self._zero._partition_all_parameters()
-        self._zero._overflow_clean_up(None)
+        self._forget_step()
         self._gather_persistent()
-        self._begin_step()
         if self._probe:
             self._probe.remove()
             self._probe = FirstStepProbe(self, fresh=self._probe.fresh)
@@ -207,7 +207,7 @@ class ZeroEngine:
         """
         for state in self._zero.optimizer.state.values():
             state["step"].fill_(step)
-        self._zero._partition_all_parameters()  # those that are gathered keep their old values
+        self._forget_step()
         for group in range(len(self._zero.fp32_partitioned_groups_flat)):
             # The working copy follows the float32 master only after a step.
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -277,6 +277,16 @@ class ZeroEngine:
             self._seen_own = True
         self._own_sum += gradient.sum(dtype=torch.float32)
 
+    def _forget_step(self) -> None:
+        """What DeepSpeed does at a norm that is not finite, without its warning.
+
+        All parameters are given up, as those that are gathered would keep their old values.
+        """
+        self._zero._pre_step()
+        self._zero._partition_all_parameters()
+        self._zero._overflow_clean_up(None)
+        self._begin_step()
+
     def _begin_step(self) -> None:
         self._gradients.zero_()  # a parameter may have no gradient on this rank
         self._backwards = 0
@@ -312,9 +322,17 @@ class ZeroEngine:
         return ranges
 
     def _sum_over_sequence(self) -> None:
-        """THE reduction over sequence ranks: once a step, of the gradients as sharded."""
-        if self._mesh.sequence > 1:
-            dist.all_reduce(self._gradients, group=self._groups.sequence)
+        """THE reduction over sequence ranks: once a step, of the gradients as sharded.
+
+        Those on the host are summed on the device, as ranks exchange host tensors slowly.
+        """
+        if self._mesh.sequence == 1:
+            return
+        parts = self._gradients.split(SUM_ELEMENTS)
+        for part in parts if self._zero.offload_optimizer else (self._gradients,):
+            summed = part.to(self._device)
+            dist.all_reduce(summed, group=self._groups.sequence)
+            part.copy_(summed)
 
     def _global_norm(self) -> float:
         total = torch.zeros((), dtype=torch.float64, device=self._gradients.device)

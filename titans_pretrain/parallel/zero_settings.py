@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,35 +17,44 @@ from titans_pretrain.parallel.mesh import Mesh
 
 BUCKET_ELEMENTS = 100_000_000
 PERSISTENT_ELEMENTS = 100_000
-# All keys that may be set. Of ``zero_optimization`` DeepSpeed knows more; hpZ's
-# ``zero_hpz_partition_size`` would mix tensor ranks, as its groups are consecutive ranks.
+# All keys that may be set, and where DeepSpeed's engine keeps what it took. Of
+# ``zero_optimization`` DeepSpeed knows more; hpZ's ``zero_hpz_partition_size`` would mix tensor
+# ranks, as its groups are consecutive ranks.
 KNOWN_SETTINGS: Mapping[str, Any] = {
-    "bf16": {"enabled": True},
-    "communication_data_type": True,
-    "data_types": {"grad_accum_dtype": True},
-    "gradient_accumulation_steps": True,
-    "gradient_clipping": True,
-    "steps_per_print": True,
-    "train_batch_size": True,
-    "train_micro_batch_size_per_gpu": True,
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": True,
+    "bf16": {"enabled": "_config.bfloat16_config.enabled"},
+    "communication_data_type": "optimizer.communication_data_type",
+    "data_types": {"grad_accum_dtype": "optimizer.grad_partitions_flat_buffer.dtype"},
+    "gradient_accumulation_steps": "optimizer.gradient_accumulation_steps",
+    "gradient_clipping": "optimizer.clip_grad",
+    "steps_per_print": "_config.steps_per_print",
+    "train_batch_size": "_config.train_batch_size",
+    "train_micro_batch_size_per_gpu": "_config.train_micro_batch_size_per_gpu",
+    "zero_allow_untested_optimizer": "_config.zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer": "_config.zero_force_ds_cpu_optimizer",
     "zero_optimization": {
-        "contiguous_gradients": True,
-        "log_trace_cache_warnings": True,
-        "memory_efficient_linear": True,
-        "offload_optimizer": {"device": True, "pin_memory": True},
-        "overlap_comm": True,
-        "reduce_bucket_size": True,
-        "reduce_scatter": True,
-        "stage": True,
-        "stage3_max_live_parameters": True,
-        "stage3_max_reuse_distance": True,
-        "stage3_param_persistence_threshold": True,
-        "stage3_prefetch_bucket_size": True,
-        "sub_group_size": True,
+        "contiguous_gradients": "optimizer.contiguous_gradients",
+        "log_trace_cache_warnings": "optimizer.parameter_offload.log_trace_cache_warnings",
+        "memory_efficient_linear": "_config.zero_config.memory_efficient_linear",
+        "offload_optimizer": {
+            "device": "_config.zero_config.offload_optimizer.device",
+            "pin_memory": "optimizer.offload_optimizer_pin_memory",
+        },
+        "overlap_comm": "_config.zero_config.overlap_comm",
+        "reduce_bucket_size": "optimizer.reduce_bucket_size",
+        "reduce_scatter": "optimizer.reduce_scatter",
+        "stage": "_config.zero_config.stage",
+        "stage3_max_live_parameters": (
+            "optimizer.parameter_offload._max_available_parameters_in_numel"
+        ),
+        "stage3_max_reuse_distance": "optimizer.parameter_offload._max_reuse_distance_in_numel",
+        "stage3_param_persistence_threshold": (
+            "optimizer.parameter_offload.param_numel_persistence_threshold"
+        ),
+        "stage3_prefetch_bucket_size": "optimizer.parameter_offload._prefetch_bucket_sz",
+        "sub_group_size": "optimizer.sub_group_size",
     },
 }
+DTYPES = {"fp32": torch.float32}
 FORBIDDEN_NAMES = ("initialize_sequence_parallel", "get_sequence_")
 
 
@@ -72,24 +82,24 @@ def deepspeed_settings(
         "sub_group_size": 10 * BUCKET_ELEMENTS,
         "memory_efficient_linear": False,
         "log_trace_cache_warnings": True,
+        "offload_optimizer": {
+            "device": "cpu" if train.offload_optimizer else "none",
+            "pin_memory": train.offload_optimizer and torch.cuda.is_available(),
+        },
     }
-    settings: dict[str, Any] = {
+    return {
         "train_batch_size": train.global_batch_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": mesh.accumulation(train),
         "gradient_clipping": train.gradient_clip,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own AdamW has to be compiled
+        "bf16": {"enabled": train.precision == "bf16"},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
     }
-    if train.precision == "bf16":
-        settings["bf16"] = {"enabled": True}
-    if train.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        settings["zero_force_ds_cpu_optimizer"] = False  # its own AdamW has to be compiled
-    return settings
 
 
 def check_settings(settings: Mapping[str, Any], known: Mapping[str, Any] = KNOWN_SETTINGS) -> None:
@@ -107,6 +117,35 @@ def check_settings(settings: Mapping[str, Any], known: Mapping[str, Any] = KNOWN
             )
         if isinstance(value, Mapping):
             check_settings(value, known[key])
+
+
+def check_taken(
+    settings: Mapping[str, Any], engine: Any, known: Mapping[str, Any] = KNOWN_SETTINGS
+) -> None:
+    """Compare every setting with what DeepSpeed made of it: it keeps its own in place of some.
+
+    Args:
+        settings: as planned.
+        engine: DeepSpeed's.
+
+    Raises:
+        TitansError: they differ, or DeepSpeed no longer keeps one where it did.
+    """
+    for key, place in known.items():
+        if isinstance(place, Mapping):
+            check_taken(settings.get(key, {}), engine, place)
+            continue
+        asked = settings.get(key)
+        try:
+            taken = attrgetter(place)(engine)
+        except AttributeError as error:
+            taken = str(error)
+        if taken != DTYPES.get(asked, asked):
+            raise TitansError(
+                f"DeepSpeed was asked for {key} = {asked} and has {taken}",
+                where="start of training",
+                fix="use the deepspeed version in pyproject.toml",
+            )
 
 
 class DataParallelUnit:
@@ -139,7 +178,7 @@ class DataParallelUnit:
         return self._groups.mesh.data
 
     def get_model_parallel_group(self) -> Any:
-        """The group that shares layers."""
+        """The group that shares layers; None where no one does."""
         return self._groups.tensor
 
     def get_model_parallel_rank(self) -> int:

@@ -57,7 +57,7 @@ class RunDirectory:
 
     @property
     def ranks(self) -> Path:
-        """Rank to host and process of the latest start."""
+        """Rank to host, process and the name of the latest start, which is random."""
         return self.path / "ranks.json"
 
     @property
@@ -110,9 +110,14 @@ class RunDirectory:
             ) from None
 
     def forget_failure(self) -> None:
-        """Remove the failure of the last start, so that this one's can be kept."""
+        """Remove the failure of the last start, so that this one's can be kept.
+
+        What a start that failed before its first step saved would be in the way of this one's.
+        """
         self.error.unlink(missing_ok=True)
         shutil.rmtree(self.hang, ignore_errors=True)
+        if not self._holds_steps():
+            shutil.rmtree(self.checkpoints / "step-0", ignore_errors=True)
 
     def begin(self, config: RunConfig) -> None:
         """Write the configuration of this start; once it is sure to train."""
@@ -140,15 +145,14 @@ class RunDirectory:
         return handle
 
     def _holds_steps(self) -> bool:
-        """Whether a step was done here; a start that failed before one left nothing to lose."""
-        if any(self.checkpoints.glob("step-*")):
+        """Whether a step was done here, or undone; a start that failed before has none to lose."""
+        if any(path.name != "step-0" for path in self.checkpoints.glob("step-*")):
             return True
         try:
             with open(self.metrics, "rb") as handle:
-                first = handle.readline()
+                return any(row.endswith(b"\n") and b'"event": "stop"' not in row for row in handle)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return first.endswith(b"\n") and b'"event"' not in first
 
     def _stored(self) -> dict[str, Any]:
         try:
@@ -185,7 +189,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, where: str) 
 
 
 def failure_record(
-    error: TitansError, rank: int, host: str, calls: Sequence[str]
+    error: TitansError, rank: int, host: str, calls: Sequence[str], *, start: str
 ) -> dict[str, Any]:
     """What ``error.json`` holds.
 
@@ -194,8 +198,10 @@ def failure_record(
         rank: where it happened.
         host: of that rank.
         calls: lines of its traceback.
+        start: which start of the run it ended, see ``RunDirectory.ranks``.
     """
     return {
+        "start": start,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "rank": rank,
         "host": host,
@@ -210,14 +216,26 @@ def failure_record(
 def write_first(path: Path, value: object) -> bool:
     """Write JSON unless ``path`` exists; whether it was written. Safe among ranks."""
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    text = json.dumps(value, indent=2) + "\n"
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        os.link(temporary, path)
+        temporary.write_text(text, encoding="utf-8")
+        _link(temporary, path, text)
     except FileExistsError:
         return False
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def _link(temporary: Path, path: Path, text: str) -> None:
+    """Give a file the name ``path`` unless that is there: FileExistsError."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: a reader may see it half written
+        with open(path, "x", encoding="utf-8") as handle:
+            handle.write(text)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

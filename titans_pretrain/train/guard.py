@@ -32,6 +32,17 @@ class Verdict:
 
 
 ACCEPTED = Verdict("accept")
+_LOOK = (
+    "the checkpoints before this step are good; look at the data at this position, and resume with "
+    "a lower train.learning_rate"
+)
+ADVICE = {
+    "stop": f"{_LOOK}, or with guard.policy=skip",
+    "skip": f"{_LOOK}, guard.policy=rollback or a higher guard.limit; another policy or limit "
+    "begins the row of bad steps anew",
+    "rollback": f"{_LOOK}, guard.policy=skip or a higher guard.limit; another policy or limit "
+    "begins the row of bad steps anew",
+}
 
 
 class Guard:
@@ -41,7 +52,8 @@ class Guard:
         section: policy, bounds and limit.
 
     Attributes:
-        bad: bad steps in a row; going back over them does not end the row.
+        bad: bad steps in a row; going back over them does not end the row before the run is past
+            the furthest of them.
     """
 
     def __init__(self, section: GuardSection) -> None:
@@ -77,8 +89,16 @@ class Guard:
         return {
             "losses": list(self._losses),
             "gradients": list(self._gradients),
+            **self.row(),
+        }
+
+    def row(self) -> dict[str, Any]:
+        """The row of bad steps, and the policy and limit it was counted under."""
+        return {
             "bad": self.bad,
             "furthest": self._furthest,
+            "policy": self._section.policy,
+            "limit": self._section.limit,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -86,16 +106,17 @@ class Guard:
         window = self._section.window
         self._losses = deque(state.get("losses", ()), maxlen=window)
         self._gradients = deque(state.get("gradients", ()), maxlen=window)
-        self.bad, self._furthest = state.get("bad", 0), state.get("furthest", 0)
+        self.keep_row(state)
 
-    def keep_row(self, *, bad: int, furthest: int) -> None:
-        """After going back: the row of bad steps goes on.
+    def keep_row(self, row: Mapping[str, Any]) -> None:
+        """Go on with a row of bad steps, undone ones included; under other rules it begins anew.
 
         Args:
-            bad: bad steps in a row, those undone included.
-            furthest: the last bad step.
+            row: from ``row``, among other keys or not.
         """
-        self.bad, self._furthest = bad, furthest
+        rules = (self._section.policy, self._section.limit)
+        same = (row.get("policy"), row.get("limit")) == rules
+        self.bad, self._furthest = (row["bad"], row["furthest"]) if same else (0, 0)
 
     def _problem(self, loss: float, gradient: float) -> tuple[Number | None, str]:
         if not math.isfinite(loss):

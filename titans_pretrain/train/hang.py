@@ -7,6 +7,19 @@ from typing import Any
 from titans_pretrain.errors import StoppedEarly
 
 COMMUNICATION = ("/torch/distributed/", "/deepspeed/", "/titans_pretrain/parallel/")
+SYNCHRONIZING = ("synchronizing", "reducing", "summing up")  # phases that wait for the device
+ORDER = {
+    "reading": 0,
+    "forward": 1,
+    "backward": 1,
+    "synchronizing": 2,
+    "reducing": 3,
+    "updating": 4,
+    "validating": 5,
+    "summing up": 5,
+    "validated": 6,
+    "saving": 7,
+}
 FRAMES_TOLD = 12
 
 
@@ -70,9 +83,18 @@ def main_stack(record: Mapping[str, Any]) -> list[str]:
 
 
 def waits(record: Mapping[str, Any]) -> bool:
-    """Whether the rank waits for others: a hand-over, or any thread inside a communication call."""
-    if record["place"]["waiting_on"] is not None:
+    """Whether the rank waits for others: in a hand-over, in a communication call, or for its device.
+
+    A device stands still until the other ranks' parts of its communication come.
+    """
+    place = record["place"]
+    if place["waiting_on"] is not None or place["phase"] in SYNCHRONIZING:
         return True
+    return _communicates(record)
+
+
+def _communicates(record: Mapping[str, Any]) -> bool:
+    """Whether any thread is inside a communication call."""
     innermost = (stack[-1] for stack in record["stacks"].values() if stack)
     return any(part in call for call in innermost for part in COMMUNICATION)
 
@@ -92,15 +114,20 @@ def _culprit(records: Mapping[int, Mapping[str, Any]], silent: list[int]) -> tup
 
 
 def _last(records: Mapping[int, Mapping[str, Any]], among: list[int]) -> int:
-    """The least advanced rank."""
-    return min(among, key=lambda rank: (records[rank]["place"]["step"], rank))
+    """The least advanced rank: of the earliest step, there of the earliest phase."""
+
+    def advance(rank: int) -> tuple[int, int, int]:
+        place = records[rank]["place"]
+        return place["step"], ORDER.get(place["phase"], len(ORDER)), rank
+
+    return min(among, key=advance)
 
 
 def _line(rank: int, record: Mapping[str, Any] | None, started: Mapping[str, Any]) -> str:
     if record is None:
         host, pid = started.get("host", "an unknown host"), started.get("pid", "unknown")
         return f"rank {rank} on {host}, process {pid}: silent"
-    waiting = record["place"]["waiting_on"] is None and waits(record)
+    waiting = record["place"]["waiting_on"] is None and _communicates(record)
     told = record["told"] + (", inside a communication call" if waiting else "")
     return f"rank {rank} on {record['host']}, process {record['pid']}: {told}"
 

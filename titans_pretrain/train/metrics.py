@@ -20,12 +20,15 @@ PROGRESS_SECONDS = 1.0
 class MetricsLog:
     """Appends rows to ``metrics.jsonl``; a row is whole or, after a crash, cut off at resume.
 
+    Later rows than the step the run goes on from are removed, except the guard's decisions: events
+    whose ``step`` is then that one, marked as undone.
+
     Args:
         path: the file.
-        step: the step the run goes on from; later rows, and a torn last one, are removed.
+        step: the step the run goes on from; None where it begins, whatever the file holds.
     """
 
-    def __init__(self, path: Path, *, step: int) -> None:
+    def __init__(self, path: Path, *, step: int | None) -> None:
         self._path = path
         self._keep(step)
 
@@ -43,20 +46,46 @@ class MetricsLog:
         """Make the rows survive a power cut; before a checkpoint that relies on them."""
         os.fsync(self._file.fileno())
 
-    def _keep(self, step: int, more: str = "") -> None:
-        """Leave the rows up to ``step``, then ``more``."""
+    def _keep(self, step: int | None, more: str = "") -> None:
+        """Leave the rows up to ``step`` and the decisions after it, then ``more``."""
         if self._path.exists():
-            kept = [row for row in _whole_rows(self._path) if json.loads(row)["step"] <= step]
+            kept = [_cut(row, step) for row in _whole_rows(self._path)]
             with atomic_file(self._path, "w") as handle:
                 handle.writelines([*kept, more])
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
 
 
 def last_rollback(path: Path, step: int) -> dict[str, Any] | None:
-    """The newest event of rolling back to the state after ``step``, None if there is none."""
+    """The newest event of rolling back to the state after ``step``, None if there is none.
+
+    One that is undone does not count: since then the run went on from an earlier step, and made the
+    state after ``step`` again.
+    """
     rows = [json.loads(row) for row in _whole_rows(path)] if path.exists() else []
-    events = [row for row in rows if row.get("event") == "rollback" and row["step"] == step]
+    events = [
+        row
+        for row in rows
+        if row.get("event") == "rollback" and row["step"] == step and not row.get("undone")
+    ]
     return events[-1] if events else None
+
+
+def _cut(line: str, step: int | None) -> str:
+    """What is left of a row when the run goes on from ``step``: nothing, unless the guard spoke."""
+    row = json.loads(line)
+    if step is not None and row["step"] <= step:
+        return line
+    if "skipped" in row:
+        row = {
+            "event": "skip",
+            "reason": row["skipped"],
+            "where": row["where"],
+            "from_step": row["step"],
+            "position": row["tokens"],
+        }
+    if "event" not in row:
+        return ""
+    return json.dumps(row | {"step": step or 0, "undone": True}) + "\n"
 
 
 def _whole_rows(path: Path) -> list[str]:

@@ -45,6 +45,7 @@ class Passes:
         self._engine, self._parallel, self._device = engine, parallel, device
         self._data_ranks = parallel.mesh.data
         self._tokens = config.train.micro_batch_size * config.data.sequence_length
+        self._evaluated = 0
         self._interleaved = wavefront.is_interleaved(config)
 
     def train(self, batch: Batch, valid: int) -> list[float]:
@@ -73,7 +74,7 @@ class Passes:
                 waiting[number] = rank_loss(loss, valid, self._data_ranks)
             else:
                 self._engine.backward(waiting.pop(number), number)
-        self._parallel.links.drain()
+        self._parallel.whereabouts.enter("synchronizing")
         losses: list[float] = torch.stack([summed[n] for n in range(len(parts))]).tolist()
         return losses
 
@@ -81,6 +82,10 @@ class Passes:
         """Summed loss, on the device, and number of the targets that count in this rank's span."""
         parts = self._micro_batches(batch)
         losses = [self._summed_loss(part, number) for number, part in enumerate(parts)]
+        self._evaluated += 1
+        if self._evaluated % self._parallel.mesh.sequence == 0:
+            self._parallel.links.drain()  # as far apart as sequence ranks get anyway
+        self._parallel.whereabouts.enter("summing up")
         return torch.stack(losses).sum(), sum(part.valid() for part in parts)
 
     def _micro_batches(self, batch: Batch) -> Sequence[MicroBatch]:

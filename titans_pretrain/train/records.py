@@ -15,12 +15,16 @@ class Records:
     Args:
         config: the run.
         directory: the run's.
-        step: the step the run goes on from.
+        step: the step the run goes on from; None where it begins.
         tell: prints a sentence.
     """
 
     def __init__(
-        self, config: RunConfig, directory: RunDirectory, step: int, tell: Callable[[str], None]
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        step: int | None,
+        tell: Callable[[str], None],
     ) -> None:
         self._tell = tell
         self._active = devices.rank() == 0

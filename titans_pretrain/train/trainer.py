@@ -29,10 +29,6 @@ from titans_pretrain.train.signals import StopRequest
 from titans_pretrain.train.trace import traced
 
 VERSIONED = ("titans-pretrain", "torch", "deepspeed", "transformers")
-FIX = (
-    "the checkpoints before this step are good; look at the data at this position, "
-    "resume with a lower train.learning_rate, or with guard.policy=skip"
-)
 
 
 class Trainer:
@@ -62,6 +58,7 @@ class Trainer:
     ) -> None:
         self._config, self._parallel, self._device = config, parallel, device
         self._data, self._directory, self._stop, self._tell = data, directory, stop, tell
+        self._tokenizer = data.shards.tokenizer.read_bytes()  # its file may not outlive the run
         self._begin = begin
         self._mesh, self._whereabouts = parallel.mesh, parallel.whereabouts
         self._data_rank = parallel.groups.data_rank
@@ -95,7 +92,7 @@ class Trainer:
         undone = devices.from_first(lambda: last_rollback(self._directory.metrics, self._step))
         if undone is not None:
             self._position = undone["position"]
-            self._guard.keep_row(bad=undone["bad"], furthest=undone["from_step"])
+            self._guard.keep_row(undone)
 
     def run(self) -> None:
         """Train to the last step; metrics, validations and checkpoints on the way.
@@ -114,6 +111,7 @@ class Trainer:
                 loss, stop = self._validate(stoppable=not last)
                 records.validation(self._step, loss)
             if last or stop or _due(self._step, self._config.checkpoint.every):
+                self._enter("saving")
                 records.sync()
                 self._save(wait=last or stop)
             if stop and not last:
@@ -130,8 +128,10 @@ class Trainer:
 
     def _open_records(self) -> Records:
         if not self._restored and self._config.guard.policy == "rollback":
+            self._enter("saving")
             self._save(wait=True)  # there is always a state to go back to
-        return Records(self._config, self._directory, self._step, self._tell)
+        begun = self._step if self._restored else None
+        return Records(self._config, self._directory, begun, self._tell)
 
     def _train_step(self, records: Records) -> tuple[bool, bool]:
         """One optimizer step: whether it stays, and whether a rank was asked to stop."""
@@ -217,6 +217,8 @@ class Trainer:
         sums = devices.all_sum(torch.tensor(shares, dtype=torch.float64)).tolist()
         total, norm, asking, busy, failed = sums
         states = {Progress.FINISHED: 1, Progress.BUSY: busy, Progress.FAILED: failed}
+        if failed:
+            self._enter("saving")  # ranks that are still writing are waited for
         self._saver.advance([state for state, ranks in states.items() if ranks])
         return total, norm, asking > 0
 
@@ -246,13 +248,17 @@ class Trainer:
             "where": where,
             "from_step": self._step + 1,
             "position": self._position + self._tokens_per_step,
-            "bad": self._guard.bad,
+            **self._guard.row(),
         }
         self._enter("saving")
         self._saver.wait()
         if verdict.action == "stop":
             records.stop(event)
-            raise TitansError(f"{verdict.reason} at step {self._step + 1}", where=where, fix=FIX)
+            raise TitansError(
+                f"{verdict.reason} at step {self._step + 1}",
+                where=where,
+                fix=guard.ADVICE[self._config.guard.policy],
+            )
         self._enter("rolling back")
         self._engine.discard()
         back = self._config.guard.rollback_steps
@@ -287,7 +293,7 @@ class Trainer:
             if stoppable and number % self._mesh.sequence == 0 and self._stop_agreed():
                 stop = True
                 break
-            self._begin("validation batch")
+            self._enter("validating", work="validation batch")
             loss, count = self._passes.evaluate(batch)
             total, valid = total + loss.item(), valid + count
         self._parallel.links.drain()
@@ -309,13 +315,12 @@ class Trainer:
             raise TitansError(
                 f"the validation loss is {whole} at step {self._step}",
                 where=f"rank {', '.join(bad)}; data position {self._position}",
-                fix=FIX,
+                fix="resume from a checkpoint before this step with a lower train.learning_rate",
             )
         return whole / targets if targets else None
 
     def _save(self, *, wait: bool) -> None:
         """Begin to save this step's state; wait for the disk if asked to, here or by the run."""
-        self._enter("saving")
         self._saver.begin(
             self._step,
             self._engine.shards(),
@@ -330,7 +335,7 @@ class Trainer:
             },
             files={
                 "config.yaml": run_config.dump(self._config).encode(),
-                "tokenizer.model": self._data.shards.tokenizer.read_bytes(),
+                "tokenizer.model": self._tokenizer,
             },
         )
         if wait or not self._config.checkpoint.asynchronous:

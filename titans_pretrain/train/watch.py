@@ -5,6 +5,7 @@ the other ranks' threads through files of the run's directory alone, so it works
 communication, or their main threads, are stuck in.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -17,14 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain.errors import STOPPED
+from titans_pretrain.errors import FAILED, STOPPED
 from titans_pretrain.files import atomic_file
 from titans_pretrain.parallel.whereabouts import Whereabouts
 from titans_pretrain.train import hang
 from titans_pretrain.train.directory import RunDirectory, failure_record, write_first
+from titans_pretrain.train.signals import leave
 
 POLL_SECONDS = 1.0
-LEAST_SECONDS = 45.0
+LEAST_SECONDS = 35.0  # with what the watch takes itself, a frozen rank is told within a minute
 PATIENCE_SECONDS = 1800.0
 SLOWER = 10
 LOOK_SECONDS = 5.0
@@ -33,14 +35,15 @@ REPEATED = ("step", "validation batch")
 
 
 class Watch:
-    """A rank's watch over its own progress.
+    """A rank's watch over its own progress, and over the failures of others.
 
     Args:
         directory: the run's; its ``hang`` directory takes the records.
         rank: this rank.
         ranks: number of ranks.
         whereabouts: where the main thread stands.
-        seconds: limit of repeated work; 0 takes ten times the slowest recent one, at least 45 s.
+        start: names this start of the run; what others wrote for another one does not count.
+        seconds: limit of repeated work; 0 takes ten times the slowest recent one, at least 35 s.
         complain: prints on the terminal.
     """
 
@@ -51,11 +54,15 @@ class Watch:
         ranks: int,
         whereabouts: Whereabouts,
         *,
+        start: str,
         seconds: float,
         complain: Callable[[str], None],
     ) -> None:
         self._directory, self._rank, self._ranks = directory, rank, ranks
         self._whereabouts, self._seconds, self._complain = whereabouts, seconds, complain
+        self._start = start
+        self._known: dict[int, dict[str, Any]] = {}
+        self._broken: set[str] = set()
         self._work: tuple[str, float] = ("start", time.monotonic())
         self._recent: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=20))
         self._thread = threading.Thread(target=self._run, name="hang watch", daemon=True)
@@ -88,10 +95,12 @@ class Watch:
 
     def limit(self, work: str) -> float:
         """Seconds that a piece of work may take."""
-        recent = self._recent.get(work)
-        if work not in REPEATED or not recent:
+        if work not in REPEATED:
             return PATIENCE_SECONDS
-        return self._seconds or max(LEAST_SECONDS, SLOWER * max(recent))
+        if self._seconds:
+            return self._seconds
+        recent = self._recent.get(work)
+        return max(LEAST_SECONDS, SLOWER * max(recent)) if recent else PATIENCE_SECONDS
 
     def _run(self) -> None:
         current, waited, last = self._work, 0.0, time.monotonic()
@@ -102,35 +111,66 @@ class Watch:
             waited += min(now - last, 3 * POLL_SECONDS)  # a process that was stopped did not hang
             last = now
             limit = self.limit(current[0])
-            if waited > limit or (waited > LOOK_SECONDS and self._records()):
+            looks = waited > LOOK_SECONDS
+            if waited > limit or (looks and self._records()):
                 self._report(waited, limit)
+            elif looks:
+                self._follow()
 
     def _report(self, waited: float, limit: float) -> None:
         """Record this rank's place, wait for the other records, tell them all, end the process."""
-        late = threading.Timer(3 * GATHER_SECONDS, self._give_up)  # the disk may be what hangs
-        late.daemon = True
-        late.start()
         try:
+            late = threading.Timer(3 * GATHER_SECONDS, self._give_up, ("the file system hangs",))
+            late.daemon = True
+            late.start()
             self._record(waited, limit)
             records = self._gather()
             if min(records) == self._rank:
                 self._tell(records, waited)
             else:
                 self._wait_for(self._directory.error.exists)
-        except OSError as error:
-            self._complain(f"the watch cannot use {self._directory.hang}: {error}")
+        except Exception as error:
+            self._give_up(f"{type(error).__name__}: {error}")
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            leave(STOPPED)
+
+    def _give_up(self, why: str) -> None:
+        try:
+            place = self._whereabouts.place
+            self._complain(
+                f"error: rank {self._rank} hangs: {place}; what the other ranks do cannot be told: "
+                f"{why}"
+            )
+        finally:
             os._exit(STOPPED)
 
-    def _give_up(self) -> None:
-        place, hang = self._whereabouts.place, self._directory.hang
-        self._complain(f"error: rank {self._rank} hangs: {place}; {hang} cannot be written")
-        os._exit(STOPPED)
+    def _follow(self) -> None:
+        """End this process if another rank failed: what this one waits for may never come."""
+        failure = self._failure()
+        if failure is None or failure.get("rank") == self._rank:
+            return  # this rank's own failure is told by its main thread
+        try:
+            with contextlib.suppress(OSError):
+                print(f"rank {failure.get('rank')} failed: {failure.get('what')}", file=sys.stderr)
+        finally:
+            code = failure.get("exit_code")
+            leave(code if isinstance(code, int) else FAILED)
+
+    def _failure(self) -> dict[str, Any] | None:
+        """This start's ``error.json``."""
+        try:
+            failure = json.loads(self._directory.error.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return failure if self._is_own(failure) else None
+
+    def _is_own(self, record: object) -> bool:
+        """Whether a rank of this start wrote it."""
+        return isinstance(record, dict) and record.get("start") == self._start
 
     def _record(self, waited: float, limit: float) -> None:
         record = {
+            "start": self._start,
             "rank": self._rank,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -140,6 +180,7 @@ class Watch:
             "limit": round(limit, 1),
             "stacks": _stacks(),
         }
+        self._known[self._rank] = record
         self._directory.hang.mkdir(exist_ok=True)
         with atomic_file(self._path(self._rank), "w") as handle:
             json.dump(record, handle, indent=2)
@@ -147,16 +188,23 @@ class Watch:
     def _gather(self) -> dict[int, dict[str, Any]]:
         """The records by rank; of all ranks, or of those that wrote one in time."""
         self._wait_for(lambda: len(self._records()) == self._ranks)
-        return {rank: json.loads(self._path(rank).read_text()) for rank in self._records()}
+        return self._records()
 
     def _tell(self, records: dict[int, dict[str, Any]], waited: float) -> None:
         report = hang.explain(
             records, self._ranks, _started(self._directory.ranks), str(self._directory.hang)
         )
-        record = failure_record(report.error, report.culprit, report.host, report.stack)
-        if write_first(self._directory.error, record | {"ranks": list(records.values())}):
-            print(report, file=sys.stderr, flush=True)
+        record = failure_record(
+            report.error, report.culprit, report.host, report.stack, start=self._start
+        )
+        try:
+            first = write_first(self._directory.error, record | {"ranks": list(records.values())})
+        except OSError:
+            first = True
+        if first:
             self._complain(str(report))
+            with contextlib.suppress(OSError):
+                print(report, file=sys.stderr, flush=True)
         time.sleep(2 * POLL_SECONDS)  # the others' watches see the report and end their ranks
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
@@ -164,14 +212,29 @@ class Watch:
         while not condition() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 4)
 
-    def _records(self) -> list[int]:
-        """Ranks whose record is there."""
+    def _records(self) -> dict[int, dict[str, Any]]:
+        """The records of this start's ranks that are there, by rank."""
         try:
-            names = [path.name for path in self._directory.hang.iterdir()]
+            names = {path.name for path in self._directory.hang.iterdir()}
         except OSError:
-            return []
-        found = (name.removeprefix("rank-").removesuffix(".json") for name in names)
-        return sorted(int(number) for number in found if number.isdecimal())
+            names = set()
+        for rank in range(self._ranks):
+            path = self._path(rank)
+            if rank not in self._known and path.name in names:
+                record = self._read(path)
+                if self._is_own(record):
+                    self._known[rank] = record
+        return dict(sorted(self._known.items()))
+
+    def _read(self, path: Path) -> Any:
+        """A record; None, and once a complaint, where it is none."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            if path.name not in self._broken:
+                self._broken.add(path.name)
+                self._complain(f"the watch cannot read {path}: {error}")
+            return None
 
     def _path(self, rank: int) -> Path:
         return self._directory.hang / f"rank-{rank}.json"

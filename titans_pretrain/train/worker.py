@@ -1,11 +1,13 @@
 """One rank from start to exit code: process group, logs, the run, the report of a failure."""
 
+import contextlib
 import faulthandler
 import os
 import socket
 import sys
 import time
 import traceback
+import uuid
 from pathlib import Path
 from typing import TextIO
 
@@ -20,11 +22,11 @@ from titans_pretrain.files import write_json
 from titans_pretrain.parallel import devices, mesh
 from titans_pretrain.parallel.devices import OtherRankFailed
 from titans_pretrain.parallel.parallelize import Parallel
-from titans_pretrain.parallel.self_check import check_mesh
 from titans_pretrain.parallel.whereabouts import Whereabouts
 from titans_pretrain.train.build import open_data
 from titans_pretrain.train.directory import RunDirectory, failure_record, write_first
-from titans_pretrain.train.signals import StopRequest
+from titans_pretrain.train.self_check import check_mesh
+from titans_pretrain.train.signals import StopRequest, leave
 from titans_pretrain.train.trainer import Trainer
 from titans_pretrain.train.watch import Watch
 
@@ -40,10 +42,11 @@ def work(config: RunConfig, *, resume: bool) -> int:
         with devices.process_group(device):
             worker.run(device, resume=resume)
     except BaseException as error:
-        code = worker.report(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        code = errors.FAILED
+        try:
+            code = worker.report(error)
+        finally:
+            leave(code)
     return errors.DONE
 
 
@@ -63,6 +66,7 @@ class Worker:
         self._log: Path | None = None
         self._stop = StopRequest()
         self._whereabouts = Whereabouts()
+        self._start = ""
         self._watch: Watch | None = None
 
     def run(self, device: torch.device, *, resume: bool) -> None:
@@ -99,7 +103,9 @@ class Worker:
         self._tell(f"done: {config.train.steps} steps in {self._directory.path}")
 
     def report(self, error: BaseException) -> int:
-        """Log a failure, keep it in ``error.json`` and print it if it is the first.
+        """Keep a failure in ``error.json``, print it if it is the first, and log it.
+
+        The log comes last: a full disk must not hide the failure.
 
         Returns:
             The exit code.
@@ -107,18 +113,12 @@ class Worker:
         if self._watch is not None:
             self._watch.settle()
         told = self._explain(error)
-        if self._log is not None and not isinstance(error, UserError | StoppedEarly):
-            traceback.print_exception(error, file=sys.stderr)
-        if isinstance(error, OtherRankFailed):
-            return told.exit_code
-        if isinstance(error, StoppedEarly):
-            first = self._rank == 0
-        else:
-            first = self._log is None or self._write_error(told, error)
-        if first:
+        if self._is_first(told, error):
             _print(str(told), self._complaints)
-        if self._log is None and not isinstance(error, TitansError):
-            traceback.print_exception(error, file=sys.stderr)  # no log keeps it
+        untraced = TitansError if self._log is None else (UserError, StoppedEarly)
+        if not isinstance(error, untraced):
+            with contextlib.suppress(OSError):
+                traceback.print_exception(error, file=sys.stderr)
         return told.exit_code
 
     def _open(self, resume: bool) -> tuple[list[str], Path | None]:
@@ -156,12 +156,17 @@ class Worker:
     def _tell(self, sentence: str) -> None:
         if self._rank == 0:
             _print(sentence, self._terminal)
-            print(sentence, flush=True)
+            with contextlib.suppress(OSError):
+                print(sentence, flush=True)
 
     def _tell_ranks(self) -> None:
-        places = devices.gather_objects({"host": socket.gethostname(), "pid": os.getpid()})
+        """Write down where the ranks are, and give this start a name."""
+        place = {"host": socket.gethostname(), "pid": os.getpid(), "start": uuid.uuid4().hex}
+        places = devices.gather_objects(place)
+        self._start = places[0]["start"]
         if self._rank == 0:
-            write_json(self._directory.ranks, {str(i): place for i, place in enumerate(places)})
+            told = {str(rank): one | {"start": self._start} for rank, one in enumerate(places)}
+            write_json(self._directory.ranks, told)
 
     def _start_watch(self) -> Watch:
         self._watch = watch = Watch(
@@ -169,6 +174,7 @@ class Worker:
             self._rank,
             devices.ranks(),
             self._whereabouts,
+            start=self._start,
             seconds=self._config.run.hang_seconds,
             complain=lambda text: _print(text, self._complaints),
         )
@@ -200,10 +206,17 @@ class Worker:
             fix=f"the traceback is in {self._log}" if self._log else "",
         )
 
-    def _write_error(self, told: TitansError, error: BaseException) -> bool:
-        """Whether this is the first failure of the run, as far as the file system knows."""
+    def _is_first(self, told: TitansError, error: BaseException) -> bool:
+        """Whether no other rank tells it; a failure is kept, as far as the file system can."""
+        if isinstance(error, OtherRankFailed):
+            return False
+        if isinstance(error, StoppedEarly):
+            return self._rank == 0
+        if self._log is None:
+            return True
         calls = traceback.format_exception(error)
-        record = failure_record(told, self._rank, socket.gethostname(), calls)
+        host = socket.gethostname()
+        record = failure_record(told, self._rank, host, calls, start=self._start)
         try:
             return write_first(self._directory.error, record)
         except OSError:
