@@ -17,6 +17,7 @@ from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint.background import Progress
 from titans_pretrain.checkpoint.load import load
 from titans_pretrain.checkpoint.save import AsyncSaver, save
+from titans_pretrain.checkpoint.snapshot import HostBuffer
 from titans_pretrain.errors import TitansError
 from titans_pretrain.parallel import devices
 from titans_pretrain.parallel.shards import FlatShard
@@ -351,3 +352,17 @@ def test_the_next_start_removes_what_a_killed_one_left_and_says_so(tmp_path, cap
 def test_retention_that_makes_no_sense_is_refused(tmp_path, keep, keep_every):
     with pytest.raises(ValueError, match="at least"):
         AsyncSaver(tmp_path, keep=keep, keep_every=keep_every)
+
+
+@pytest.mark.parametrize(("pinned", "bytes_told"), [(True, "no 4,096 bytes"), (False, "no 3,000 ")])
+def test_a_copy_that_finds_no_host_memory_says_how_much_it_needed(monkeypatch, pinned, bytes_told):
+    def empty(size, **options):
+        if size:
+            raise RuntimeError("out of memory\nstack")
+        return torch.zeros(0, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(TitansError, match="for a copy of the 3,000 that this rank") as caught:
+        HostBuffer()._reserve(3000, pinned=pinned)
+    assert caught.value.what.startswith(bytes_told)
+    assert caught.value.what.endswith(": out of memory")

@@ -120,9 +120,25 @@ def test_multiples_of_keep_every_stay_for_good(tmp_path):
     assert layout.steps(tmp_path) == [3, 6, 7, 8]
     _save(tmp_path, 9, keep=2, keep_every=3)
     assert layout.steps(tmp_path) == [3, 6, 8, 9]
-    _truncate(tmp_path / "step-3" / "rank-00000.safetensors")
-    _save(tmp_path, 10, keep=2, keep_every=3)
-    assert layout.steps(tmp_path) == [6, 9, 10]
+
+
+def test_what_stays_for_good_is_not_looked_at_however_much_it_is(tmp_path, monkeypatch):
+    for step in range(1, 11):
+        _save(tmp_path, step, keep=99)
+    looked_at, verify = [], layout.verify
+
+    def counted(path, **options):
+        looked_at.append(path.name)
+        return verify(path, **options)
+
+    monkeypatch.setattr(layout, "verify", counted)
+    assert retention.prune(tmp_path, 10, keep=2, keep_every=2) == [1, 3, 5, 7]
+    assert sorted(looked_at) == sorted(
+        ["step-10", "step-9", "step-7", "step-5", "step-3", "step-1"]
+    )
+    looked_at.clear()
+    assert retention.prune(tmp_path, 10, keep=2, keep_every=2) == []
+    assert looked_at == ["step-10", "step-9"]
 
 
 def test_checkpoints_that_are_cut_do_not_count_as_kept(tmp_path):

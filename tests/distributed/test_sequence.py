@@ -108,6 +108,40 @@ def test_a_loss_on_the_last_span_alone_reaches_the_first_as_in_one_process(varia
     compare(variant, count, last_only=True)
 
 
+def input_gradient(variant):
+    """Gradient of the last span's loss by this rank's embedded inputs."""
+    parallel = Parallel(Mesh(sequence=devices.ranks()), devices.rank())
+    model = build_model(variant)
+    model.train()
+    parallel.apply(model, "")
+    part = parallel.span(tokens())
+    inputs = embedded(model, part[:, :-1])
+    logits = model(inputs_embeds=inputs, use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(logits.mT, part[:, 1:], reduction="sum")
+    (losses * (parallel.links.ranks["next"] is None)).backward()
+    parallel.links.drain()
+    return inputs.grad
+
+
+def embedded(model, ids):
+    return model.model.embed_tokens(ids).detach().requires_grad_()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_spans_inputs_get_the_last_spans_gradient(variant, count):
+    model = build_model(variant)
+    model.train()
+    inputs = embedded(model, tokens()[:, :-1])
+    losses = torch.nn.functional.cross_entropy(
+        model(inputs_embeds=inputs, use_cache=False).logits.mT, tokens()[:, 1:], reduction="none"
+    )
+    losses[:, LENGTH - LENGTH // count :].sum().backward()
+    found = run_ranks(input_gradient, count, variant)
+    assert float(found[0].abs().max()) > 1e-6
+    torch.testing.assert_close(torch.cat(found, 1), inputs.grad, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_recomputed_blocks_do_not_communicate_again(variant):
     plain = compare(variant, 2)

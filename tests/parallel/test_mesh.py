@@ -128,6 +128,9 @@ def test_ranks_that_cannot_form_the_grid_name_the_nearest_counts_and_grids():
     assert caught.value.fix == "start 8 or 16 ranks, or keep 12 with mesh.tensor=1 mesh.sequence=4"
     with pytest.raises(UserError) as caught:
         plan(12, MeshSection(tensor=2, sequence=4), settings(1))
+    assert caught.value.fix == "start 8 ranks"
+    with pytest.raises(UserError) as caught:
+        plan(9, MeshSection(sequence=2), settings(128))
     assert caught.value.fix == "start 8 or 16 ranks"
 
 

@@ -13,10 +13,11 @@ watch.POLL_SECONDS = 0.05
 watch.LOOK_SECONDS = 0.2
 watch.GATHER_SECONDS = 2.0
 STEPS = 3
+START = "this start"
 
 
 def hang_like(how, whereabouts):
-    if how == "asleep":
+    if how in ("asleep", "patient"):
         time.sleep(60)
     elif how == "receiving":
         with whereabouts.waiting("model.layers.0", 1):
@@ -31,13 +32,18 @@ def hang_like(how, whereabouts):
 
 def main(directory, rank, ranks, how):
     run, whereabouts = RunDirectory(Path(directory)), Whereabouts()
+    terminal = sys.stderr
+    if how == "full":  # as a log on a full disk
+        sys.stdout.flush()
+        sys.stderr = open("/dev/full", "w", buffering=1)
     watching = watch.Watch(
         run,
         rank,
         ranks,
         whereabouts,
-        seconds=1,
-        complain=lambda text: print(text, file=sys.stderr, flush=True),
+        start=START,
+        seconds=60 if how == "patient" else 1,
+        complain=lambda text: print(text, file=terminal, flush=True),
     )
     watching.start()
     for step in range(1, STEPS + 1):
@@ -50,7 +56,7 @@ def main(directory, rank, ranks, how):
         time.sleep(1.5)
         watching.settle()
         raise SystemExit(1)
-    hang_like(how, whereabouts)
+    hang_like("asleep" if how == "full" else how, whereabouts)
     watching.end()
 
 

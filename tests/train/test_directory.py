@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 
@@ -43,7 +45,7 @@ def test_checkpoints_without_a_configuration_are_no_empty_directory(begun):
     assert "newest checkpoint" in caught.value.fix
 
 
-@pytest.mark.parametrize("metrics", [None, "", '{"step": 1, "lo'])
+@pytest.mark.parametrize("metrics", [None, "", '{"step": 1, "lo', '{"step": 1, "event": "stop"}\n'])
 def test_a_start_that_failed_before_a_step_does_not_block_its_own_fix(begun, metrics):
     begun.log(0).write_text("start of rank 0\n")
     begun.metrics.unlink()
@@ -59,6 +61,27 @@ def test_a_checkpoint_without_metrics_is_a_run(begun):
     (begun.checkpoints / "step-3").mkdir()
     with pytest.raises(UserError, match="a run is here already"):
         begun.check(resolved(begun.path), resume=False)
+
+
+def test_the_state_before_the_first_step_is_no_run_and_makes_room_for_the_next_start(begun):
+    begun.metrics.unlink()
+    before = begun.checkpoints / "step-0"
+    before.mkdir()
+    assert begun.check(resolved(begun.path, model={"hidden_size": 96}), resume=False) == []
+    begun.forget_failure()
+    assert not before.exists()
+
+
+@pytest.mark.parametrize(
+    "row", ['{"step": 1, "loss": 2.0}\n', '{"step": 0, "event": "rollback"}\n']
+)
+def test_the_state_before_the_first_step_stays_once_a_step_was_done_or_undone(begun, row):
+    begun.metrics.write_text('{"step": 1, "event": "stop"}\n' + row)
+    (begun.checkpoints / "step-0").mkdir()
+    with pytest.raises(UserError, match="a run is here already"):
+        begun.check(resolved(begun.path), resume=False)
+    begun.forget_failure()
+    assert (begun.checkpoints / "step-0").exists()
 
 
 def test_a_damaged_configuration_is_told(begun):
@@ -125,7 +148,13 @@ def test_a_directory_that_cannot_be_made_is_the_user_s_mistake(tmp_path):
         RunDirectory(tmp_path / "file" / "run").create()
 
 
-def test_the_first_error_written_stays(tmp_path):
+@pytest.mark.parametrize("links", [True, False])
+def test_the_first_error_written_stays(tmp_path, monkeypatch, links):
+    def no_links(*names):
+        raise OSError(errno.EPERM, "not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
     path = tmp_path / "error.json"
     assert write_first(path, {"rank": 1})
     assert not write_first(path, {"rank": 0})

@@ -40,7 +40,7 @@ def test_ranks_that_die_hang_or_compute_no_number_are_named_and_the_run_goes_on_
     assert told.startswith("error: rank 1 was killed by SIGKILL\nwhere: process ")
     assert run.steps_saved() == [1]
 
-    code, told, kept = failing("sleep:0:2", "run.hang_seconds=5", *SEQUENCE, "--resume")
+    code, told, kept = failing("sleep:0:2", "run.hang_seconds=8", *SEQUENCE, "--resume")
     assert code == 75
     first, where, fix = told.splitlines()[:3]
     assert first.startswith("error: step 3 hangs: rank 0 on ")
@@ -67,12 +67,14 @@ def test_ranks_that_die_hang_or_compute_no_number_are_named_and_the_run_goes_on_
     assert (code, told) == (0, "")
     assert f"{newest} is damaged and was skipped: " in out
     assert "resuming from " in out
-    assert [row["step"] for row in run.rows()] == [*range(1, 9), 8]
+    assert [row["step"] for row in run.rows() if "event" not in row] == [*range(1, 9), 8]
+    (stop,) = (row for row in run.rows() if "event" in row)
+    assert (stop["event"], stop["from_step"], stop["undone"]) == ("stop", 4, True)
 
 
 @pytest.mark.slow
 def test_a_frozen_process_is_named_and_does_not_hold_up_the_end(failing):
-    code, told, kept = failing("freeze:1:2", "run.hang_seconds=5", *SEQUENCE)
+    code, told, kept = failing("freeze:1:2", "run.hang_seconds=8", *SEQUENCE)
     assert code == 75
     assert told.startswith("error: step 2 hangs: rank 1 on ")
     assert " is silent: its process is dead, stopped or cut off\n" in told

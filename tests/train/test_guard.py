@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 
 import pytest
 
 from titans_pretrain.config import GuardSection
-from titans_pretrain.train.guard import Guard, Witness, blame
+from titans_pretrain.train.guard import ADVICE, Guard, Witness, blame
 
 NAN, INF = float("nan"), float("inf")
 
@@ -94,9 +95,9 @@ def test_good_steps_that_are_trained_again_do_not_end_the_row():
         accept(judge, 5, first=5)
         assert judge.judge(10, NAN, 1.0).action == "rollback"
         assert judge.bad == turn
-        bad = judge.bad
+        row = judge.row()
         judge.restore(early)
-        judge.keep_row(bad=bad, furthest=10)
+        judge.keep_row(row)
     accept(judge, 5, first=5)
     assert judge.judge(10, NAN, 1.0).action == "stop"
 
@@ -104,9 +105,53 @@ def test_good_steps_that_are_trained_again_do_not_end_the_row():
 def test_getting_past_the_bad_step_ends_the_row_after_a_rollback():
     judge = guard(policy="rollback", limit=2)
     assert judge.judge(10, NAN, 1.0).action == "rollback"
-    judge.keep_row(bad=1, furthest=10)
+    judge.keep_row(judge.row())
     accept(judge, 11)
     assert judge.judge(12, NAN, 1.0).action == "rollback"
+
+
+def test_a_row_lasts_until_the_run_is_past_the_furthest_bad_step_wherever_the_last_one_was():
+    judge = guard(policy="rollback", limit=3)
+    early = judge.state()
+    for turn, step in enumerate((150, 120), start=1):
+        assert judge.judge(step, NAN, 1.0).action == "rollback"
+        row = json.loads(json.dumps(judge.row()))
+        judge.restore(early)
+        judge.keep_row(row)
+        accept(judge, 30, first=100)
+        assert judge.bad == turn
+    assert judge.judge(140, NAN, 1.0).action == "stop"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"policy": "skip", "limit": 2}, {"policy": "rollback", "limit": 2}),
+        ({"policy": "rollback", "limit": 2}, {"policy": "skip", "limit": 2}),
+        ({"policy": "rollback", "limit": 2}, {"policy": "rollback", "limit": 3}),
+        ({"policy": "stop"}, {"policy": "skip"}),
+    ],
+)
+def test_after_a_stop_another_policy_or_limit_begins_the_row_anew(before, after):
+    judge = guard(**before)
+    accept(judge, 2)
+    while judge.judge(3, NAN, 1.0).action != "stop":
+        pass
+    stopped = judge.state()
+    same, other = guard(**before), guard(**after)
+    same.restore(stopped)
+    other.restore(stopped)
+    assert same.judge(3, NAN, 1.0).action == "stop"
+    assert other.judge(3, NAN, 1.0).action == after["policy"]
+    assert other.state()["losses"] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_the_advice_after_a_stop_is_another_policy_than_the_one_in_use(policy):
+    advised = re.findall(r"guard\.policy=(\w+)", ADVICE[policy])
+    assert advised
+    assert policy not in advised
+    assert ("guard.limit" in ADVICE[policy]) == (policy != "stop")
 
 
 def test_a_guard_restored_from_json_decides_as_the_one_that_was_never_stopped():
@@ -127,7 +172,7 @@ def test_a_checkpoint_without_a_guard_s_state_begins_anew():
     accept(judge, 3)
     judge.judge(4, NAN, 1.0)
     judge.restore({})
-    assert judge.state() == guard().state()
+    assert judge.state() == guard(policy="skip").state()
 
 
 def test_the_ranks_and_micro_batches_whose_loss_is_not_finite_are_blamed():

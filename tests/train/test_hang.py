@@ -1,20 +1,22 @@
 """Who is named when a run hangs."""
 
-from titans_pretrain.train.hang import explain
+import pytest
+
+from titans_pretrain.train.hang import SYNCHRONIZING, explain
 
 RECEIVE = "/env/torch/distributed/distributed_c10d.py:2400 recv"
 WORK = "/home/me/model.py:7 forward"
 
 
-def record(rank, *, waits_for=None, calls=(WORK,), step=4, **more):
+def record(rank, *, waits_for=None, calls=(WORK,), step=4, phase="forward", **more):
     place = {
-        "phase": "forward",
+        "phase": phase,
         "step": step,
         "micro_batch": 0,
         "layer": "",
         "waiting_on": waits_for,
     }
-    told = f"forward, step {step}"
+    told = f"{phase}, step {step}"
     if waits_for is not None:
         told += f", waits for rank {waits_for} at layers.1"
     return {
@@ -76,6 +78,21 @@ def test_where_every_rank_waits_the_least_advanced_one_is_named_and_called_no_mo
     )
     assert told.culprit == 1
     assert told.error.what.endswith("is the least advanced; every rank waits for another")
+
+
+@pytest.mark.parametrize("phase", SYNCHRONIZING)
+def test_a_rank_that_waits_for_its_device_waits_for_others(phase):
+    told = report(record(0, phase=phase), record(1), record(2, phase=phase))
+    assert told.culprit == 1
+    assert "waits for no other rank" in told.error.what
+
+
+def test_of_ranks_in_one_step_that_wait_for_none_the_one_in_the_earliest_phase_is_named():
+    told = report(record(0), record(1, phase="backward"), record(2, phase="reading"))
+    assert told.culprit == 2
+    assert "waits for no other rank, like 2 more" in told.error.what
+    told = report(record(0, phase="saving"), record(1, phase="updating"), record(2, step=5))
+    assert told.culprit == 1
 
 
 def test_communication_of_another_thread_is_waiting_too():

@@ -31,20 +31,96 @@ def test_a_start_at_step_0_empties_the_file(tmp_path):
     assert path.read_text() == ""
 
 
-def test_a_rollback_removes_the_rows_it_undoes_and_is_found_again_while_they_stay(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    log = metrics.MetricsLog(path, step=0)
-    for step in range(1, 6):
+def train(log, *steps):
+    for step in steps:
         log.write({"step": step, "loss": 1.0})
+
+
+def roll_back(log, step, position):
+    log.undo(step, {"step": step, "event": "rollback", "from_step": 9, "position": position})
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def test_a_rollback_removes_the_rows_it_undoes_and_its_newest_is_found_again(path):
+    assert metrics.last_rollback(path, 2) is None
+    log = metrics.MetricsLog(path, step=None)
+    train(log, 1, 2, 3, 4, 5)
     for position in (60, 80):
-        log.undo(2, {"step": 2, "event": "rollback", "position": position})
-        log.write({"step": 3, "loss": 0.5})
-    assert [row["step"] for row in rows(path)] == [1, 2, 2, 2, 3]
+        roll_back(log, 2, position)
+        train(log, 3)
+    assert [(row["step"], row.get("event")) for row in rows(path)] == [
+        (1, None), (2, None), (2, "rollback"), (2, "rollback"), (3, None),
+    ]  # fmt: skip
     assert metrics.last_rollback(path, 2)["position"] == 80
     assert metrics.last_rollback(path, 3) is None
-    metrics.MetricsLog(path, step=1)
+
+
+def test_a_rollback_counts_no_more_once_the_state_it_went_back_to_is_made_again(path):
+    log = metrics.MetricsLog(path, step=None)
+    train(log, *range(1, 9))
+    roll_back(log, 6, 60)
+    train(log, 7, 8)
+    roll_back(log, 4, 80)
+    train(log, 5, 6)  # step 6 is another one now
+    assert metrics.last_rollback(path, 6) is None
+    assert metrics.last_rollback(path, 4)["position"] == 80
+
+    metrics.MetricsLog(path, step=2)  # as step 4 was damaged
+    assert metrics.last_rollback(path, 4) is None
     assert metrics.last_rollback(path, 2) is None
-    assert metrics.last_rollback(tmp_path / "none", 2) is None
+
+
+def test_an_older_rollback_counts_where_the_newer_one_s_state_is_lost(path):
+    log = metrics.MetricsLog(path, step=None)
+    train(log, *range(1, 6))
+    roll_back(log, 4, 60)
+    train(log, 5, 6, 7)
+    roll_back(log, 6, 80)
+    assert metrics.last_rollback(path, 4)["position"] == 60
+    metrics.MetricsLog(path, step=4)
+    assert metrics.last_rollback(path, 4)["position"] == 60
+
+
+def test_every_decision_stays_and_no_row_is_later_than_the_run(path):
+    log = metrics.MetricsLog(path, step=None)
+    train(log, 1)
+    log.write({"step": 2, "tokens": 20, "loss": 9.0, "skipped": "a spike", "where": "rank 1"})
+    train(log, 3, 4)
+    roll_back(log, 3, 60)
+    log.write({"step": 4, "event": "stop", "from_step": 4})
+    log = metrics.MetricsLog(path, step=1)
+    train(log, 2)
+    found = rows(path)
+    assert [row["step"] for row in found] == [1, 1, 1, 1, 2]
+    assert found[1] == {
+        "step": 1,
+        "event": "skip",
+        "reason": "a spike",
+        "where": "rank 1",
+        "from_step": 2,
+        "position": 20,
+        "undone": True,
+    }
+    assert [row.get("event") for row in found] == [None, "skip", "rollback", "stop", None]
+    assert [row["from_step"] for row in found[1:4]] == [2, 9, 4]
+    assert all(row["undone"] for row in found[1:4])
+
+    metrics.MetricsLog(path, step=2)
+    assert rows(path) == found
+
+
+def test_a_run_that_begins_again_keeps_decisions_but_follows_none(path):
+    log = metrics.MetricsLog(path, step=None)
+    train(log, 1, 2)
+    roll_back(log, 0, 60)
+    assert metrics.last_rollback(path, 0)["position"] == 60
+    metrics.MetricsLog(path, step=None)
+    assert [(row["step"], row["event"]) for row in rows(path)] == [(0, "rollback")]
+    assert metrics.last_rollback(path, 0) is None
 
 
 def test_losses_are_written_unrounded(tmp_path):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,11 +104,24 @@ def test_a_signal_to_stop_saves_after_the_step_and_exits_75(make_run, number):
     assert not (run.directory / "error.json").exists()
 
 
-@pytest.mark.parametrize("seconds", [0.7, 4])
-def test_sigterm_during_the_start_exits_75_too(make_run, seconds):
+def children(pid):
+    """Processes that a process started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def awaits_sigterm(pid):
+    """Whether a process has a handler for it."""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("who", ["launcher", "ranks"])
+def test_sigterm_during_the_start_exits_75_too(make_run, who):
     run = make_run(train={"steps": 10_000}, checkpoint={"every": 0})
     process = run.start("--ranks", "2")
-    time.sleep(seconds)
+    wait_until(lambda: awaits_sigterm(process.pid), timeout=60)
+    if who == "ranks":
+        wait_until(lambda: all(map(awaits_sigterm, children(process.pid))), timeout=60)
     process.send_signal(signal.SIGTERM)
     code, _, complaints = end(process)
     assert code == 75

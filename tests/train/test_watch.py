@@ -1,6 +1,7 @@
 """The hang watch in processes of their own, with limits of a second."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hanging_rank import START
 
 from titans_pretrain.parallel.whereabouts import Whereabouts
 from titans_pretrain.train import watch
@@ -109,19 +111,85 @@ def test_what_cannot_be_written_is_told_all_the_same(start, tmp_path):
     (process,) = start("asleep")
     code, told = outcome(process)
     assert code == 75
-    assert "the watch cannot use" in told
+    assert told.startswith("error: rank 0 hangs: forward, step 3, micro-batch 0; what the other ")
 
 
-def test_limits_follow_from_the_slowest_recent_work_of_its_kind(tmp_path, monkeypatch):
+def test_a_full_disk_does_not_hide_who_hangs(start):
+    (process,) = start("full")
+    code, told = outcome(process)
+    assert code == 75
+    assert told.startswith("error: step 3 hangs: rank 0 on ")
+
+
+def test_an_error_file_that_cannot_be_written_does_not_hide_who_hangs(start, tmp_path):
+    (tmp_path / ".error.json").mkdir()
+    (process,) = start("asleep")
+    name = f".error.json.{os.uname().nodename}.{process.pid}"
+    (tmp_path / ".error.json").rename(tmp_path / name)
+    code, told = outcome(process)
+    assert code == 75
+    assert told.startswith("error: step 3 hangs: rank 0 on ")
+
+
+def test_a_rank_ends_when_another_one_of_its_start_failed(start, tmp_path):
+    error = tmp_path / "error.json"
+    (process,) = start("patient")
+    for other in ({"start": "before", "rank": 1}, {"start": START, "rank": 0}, [], {}):
+        error.write_text(json.dumps(other))
+        time.sleep(0.2)
+    error.write_text("{")
+    time.sleep(0.5)
+    assert process.poll() is None
+    error.write_text(json.dumps({"start": START, "rank": 1, "exit_code": 2, "what": "no file"}))
+    assert outcome(process) == (2, "rank 1 failed: no file\n")
+
+
+@pytest.fixture
+def make_watch(tmp_path):
+    """``make_watch(seconds)``: the watch of the first of two ranks, and what it complains of."""
+
+    def make(seconds=0):
+        complaints = []
+        made = watch.Watch(
+            RunDirectory(tmp_path),
+            0,
+            2,
+            Whereabouts(),
+            start=START,
+            seconds=seconds,
+            complain=complaints.append,
+        )
+        return made, complaints
+
+    return make
+
+
+def test_records_of_other_starts_do_not_count_and_broken_ones_are_told_once(make_watch, tmp_path):
+    watching, complaints = make_watch()
+    hang = tmp_path / "hang"
+    hang.mkdir()
+    for rank, text in enumerate(('{"start": "before", "rank": 0}', "{", "{}")):
+        (hang / f"rank-{rank}.json").write_text(text)
+    assert watching._records() == watching._records() == {}
+    (complaint,) = complaints
+    assert complaint.startswith(f"the watch cannot read {hang}/rank-1.json: ")
+    (hang / "rank-1.json").write_text(json.dumps({"start": START, "rank": 1}))
+    assert watching._records() == {1: {"start": START, "rank": 1}}
+
+
+def test_by_default_a_frozen_rank_is_told_within_a_minute():
+    polls = 2 * watch.POLL_SECONDS + watch.POLL_SECONDS / 4  # to notice, and after the last record
+    assert watch.LEAST_SECONDS + watch.GATHER_SECONDS + polls < 60 - 5
+    assert watch.LEAST_SECONDS == 35  # as config.py and docs/training.md say
+
+
+def test_limits_follow_from_the_slowest_recent_work_of_its_kind(make_watch, monkeypatch):
     now = 0.0
     monkeypatch.setattr(watch.time, "monotonic", lambda: now)
 
-    def make(seconds):
-        directory, whereabouts = RunDirectory(tmp_path), Whereabouts()
-        return watch.Watch(directory, 0, 1, whereabouts, seconds=seconds, complain=print)
-
-    watching, fixed = make(0), make(20)
+    (watching, _), (fixed, _) = make_watch(0), make_watch(20)
     assert watching.limit("step") == 1800  # the first may compile
+    assert fixed.limit("step") == 20
     for seconds in (8.0, 6.0, 1.0):
         watching.begin("step")
         fixed.begin("step")
@@ -135,4 +203,4 @@ def test_limits_follow_from_the_slowest_recent_work_of_its_kind(tmp_path, monkey
         watching.begin("step")
         now += 0.5
     watching.begin("saving")
-    assert watching.limit("step") == 45
+    assert watching.limit("step") == 35

@@ -1,7 +1,10 @@
 """What a rank reports when it fails."""
 
+import contextlib
+import io
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -135,6 +138,48 @@ def test_a_failure_is_reported_by_its_code_though_the_terminal_is_closed(make_wo
     with os.fdopen(writer, "w") as made._complaints:
         assert made.report(raised(UserError("no file"))) == 2
     assert (tmp_path / "error.json").exists()
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A log on a full disk."""
+    with open("/dev/full", "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        yield
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def test_a_full_disk_does_not_hide_a_failure(make_worker, full):
+    made = make_worker(0)
+    made._terminal = made._complaints = io.StringIO()
+    made._tell("step 1")
+    assert made.report(raised(RuntimeError("bad"))) == 1
+    assert made._complaints.getvalue().startswith("step 1\nerror: RuntimeError: bad\n")
+
+
+class Left(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("report", [lambda error: 2, lambda error: 1 // 0])
+def test_a_rank_that_failed_ends_whatever_becomes_of_its_report(
+    make_worker, full, monkeypatch, report
+):
+    def leave(code):
+        raise Left(code)
+
+    made = make_worker(0)
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(made, "report", report)
+    monkeypatch.setattr(worker, "Worker", lambda config: made)
+    monkeypatch.setattr(worker.devices, "local_device", lambda: raised(ValueError)())
+    print("does not fit", end="")
+    with pytest.raises(Left) as caught:
+        worker.work(made._config, resume=False)
+    assert caught.value.args == (2 if report(None) == 2 else 1,)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(make_worker, tmp_path):

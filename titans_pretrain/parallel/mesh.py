@@ -176,7 +176,7 @@ def plan(ranks: int, mesh: MeshSection, train: TrainSection) -> Mesh:
             f"{ranks} ranks are no multiple of mesh.tensor * mesh.sequence = "
             f"{mesh.tensor} * {mesh.sequence} = {share}",
             where="--ranks",
-            fix=f"start {_either(_neighbours(ranks, share))} ranks"
+            fix=f"start {_either(_fitting_neighbours(ranks, share, train))} ranks"
             + _other_shape(ranks, mesh, train),
         )
     found = Mesh(tensor=mesh.tensor, data=ranks // share, sequence=mesh.sequence)
@@ -197,6 +197,15 @@ def _neighbours(value: int, unit: int) -> list[int]:
     """The multiples of ``unit`` next to ``value``."""
     below = value // unit * unit
     return [below, below + unit] if below else [unit]
+
+
+def _fitting_neighbours(ranks: int, share: int, train: TrainSection) -> list[int]:
+    """The rank counts next to ``ranks`` that share and global batch fit; else the share alone."""
+    micro_batches = train.global_batch_size // train.micro_batch_size
+    fitting = [n * share for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+    below = [count for count in fitting if count < ranks][-1:]
+    above = [count for count in fitting if count > ranks][:1]
+    return below + above or _neighbours(ranks, share)
 
 
 def _either(values: Sequence[int]) -> str:

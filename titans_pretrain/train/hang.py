@@ -83,7 +83,7 @@ def main_stack(record: Mapping[str, Any]) -> list[str]:
 
 
 def waits(record: Mapping[str, Any]) -> bool:
-    """Whether the rank waits for others: in a hand-over, in a communication call, or for its device.
+    """Whether the rank waits for others: at a hand-over, in a communication call, for its device.
 
     A device stands still until the other ranks' parts of its communication come.
     """
