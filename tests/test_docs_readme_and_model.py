@@ -33,6 +33,13 @@ def test_the_readmes_run_loads_and_trains_as_many_tokens_as_the_paper():
 def test_every_command_of_the_readme_parses():
     lines = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("titans ")]
-    assert {words[0] for words in commands} == {"data", "train", "export", "generate", "report"}
+    assert {words[0] for words in commands} == {
+        "data",
+        "plan",
+        "train",
+        "export",
+        "generate",
+        "report",
+    }
     for words in commands:
         assert callable(_parser().parse_args(words).verb)
