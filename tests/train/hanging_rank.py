@@ -35,7 +35,7 @@ def main(directory, rank, ranks, how):
     terminal = sys.stderr
     if how == "full":  # as a log on a full disk
         sys.stdout.flush()
-        sys.stderr = open("/dev/full", "w", buffering=1)
+        sys.stderr = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - while it runs
     watching = watch.Watch(
         run,
         rank,

@@ -141,19 +141,24 @@ def test_a_failure_is_reported_by_its_code_though_the_terminal_is_closed(make_wo
 
 
 @pytest.fixture
-def full(monkeypatch):
-    """A log on a full disk."""
-    with open("/dev/full", "w", buffering=1) as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        monkeypatch.setattr(sys, "stderr", stream)
-        yield
+def fill(monkeypatch):
+    """``fill()``: the log is on a full disk from now on."""
+    with contextlib.ExitStack() as stack:
+
+        def fill():
+            for name in ("stdout", "stderr"):
+                stream = open("/dev/full", "w", buffering=1)  # noqa: SIM115 - the stack closes it
+                stack.enter_context(contextlib.suppress(OSError))
+                stack.callback(stream.close)
+                monkeypatch.setattr(sys, name, stream)
+
+        yield fill
         monkeypatch.undo()
-        with contextlib.suppress(OSError):
-            stream.close()
 
 
-def test_a_full_disk_does_not_hide_a_failure(make_worker, full):
+def test_a_full_disk_does_not_hide_a_failure(make_worker, fill):
     made = make_worker(0)
+    fill()
     made._terminal = made._complaints = io.StringIO()
     made._tell("step 1")
     assert made.report(raised(RuntimeError("bad"))) == 1
@@ -164,22 +169,26 @@ class Left(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("report", [lambda error: 2, lambda error: 1 // 0])
+@pytest.mark.parametrize(("report", "code"), [(lambda error: 2, 2), (lambda error: 1 // 0, 1)])
 def test_a_rank_that_failed_ends_whatever_becomes_of_its_report(
-    make_worker, full, monkeypatch, report
+    make_worker, fill, monkeypatch, report, code
 ):
     def leave(code):
         raise Left(code)
+
+    def fail():
+        raise ValueError
 
     made = make_worker(0)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(made, "report", report)
     monkeypatch.setattr(worker, "Worker", lambda config: made)
-    monkeypatch.setattr(worker.devices, "local_device", lambda: raised(ValueError)())
-    print("does not fit", end="")
+    monkeypatch.setattr(worker.devices, "local_device", fail)
+    fill()
+    sys.stdout.write("does not fit")
     with pytest.raises(Left) as caught:
         worker.work(made._config, resume=False)
-    assert caught.value.args == (2 if report(None) == 2 else 1,)
+    assert caught.value.args == (code,)
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(make_worker, tmp_path):
