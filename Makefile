@@ -51,6 +51,8 @@ test: $(READY)
 
 test-full: $(READY)
 	$(BIN)/pytest -n 2
+	$(BIN)/python tests/benchmarks/wavefront.py --forward-ms 40 --backward-ms 80 --check 1.1
+	$(BIN)/python tests/benchmarks/long_sequence.py --check 1.3
 
 check: $(READY)
 	$(BIN)/ruff check .

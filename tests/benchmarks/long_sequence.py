@@ -110,6 +110,9 @@ def measure(variant, steps=2, cases=((SHORT, 1), (LONG, 1), (LONG, 2), (LONG, 4)
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", default="lmm")
+    parser.add_argument(
+        "--check", type=float, help="fail if the last row's peak exceeds the first's"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
     rows = measure(options.variant)
@@ -123,6 +126,8 @@ def main():
         )
     if options.json:
         options.json.write_text(json.dumps(rows))
+    if options.check and rows[-1]["peak_bytes"] > options.check * rows[0]["peak_bytes"]:
+        sys.exit(f"the peak on {rows[-1]['sequence_ranks']} ranks exceeds {options.check} times")
 
 
 if __name__ == "__main__":

@@ -188,6 +188,7 @@ def main():
     parser.add_argument("--backward-ms", type=float, default=40)
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--check", type=float, help="fail if a row exceeds its formula by more")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="draw them here")
     options = parser.parse_args()
@@ -204,6 +205,8 @@ def main():
         options.json.write_text(json.dumps({"milliseconds_a_layer": 1000 * t, "rows": rows}))
     if options.plot:
         plot(rows, options.plot)
+    if options.check and max(row["ratio"] for row in rows) > options.check:
+        sys.exit(f"a step takes more than {options.check} times what the formula says")
 
 
 if __name__ == "__main__":
