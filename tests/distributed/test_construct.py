@@ -90,12 +90,12 @@ def parts(values, train, mesh):
 @pytest.mark.parametrize(
     ("count", "mesh", "tied", "precision"),
     [
-        (1, {}, True, "fp32"),
         (2, {}, False, "fp32"),
         (2, {"tensor": 2}, True, "bf16"),
-        (4, {"tensor": 2}, False, "fp32"),
         (4, {"tensor": 2, "sequence": 2}, True, "fp32"),
-        (4, {}, True, "bf16"),
+        pytest.param(1, {}, True, "fp32", marks=pytest.mark.slow),
+        pytest.param(4, {"tensor": 2}, False, "fp32", marks=pytest.mark.slow),
+        pytest.param(4, {}, True, "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_weights_are_those_of_one_process_on_any_mesh(count, mesh, tied, precision):
@@ -126,7 +126,7 @@ def memory_of_a_construction(values, train):
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
 )
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_peak_of_host_memory_is_the_shards_and_about_a_part(count):
     values = fields(
         "transformer", hidden_size=512, intermediate_size=1024, num_hidden_layers=20, vocab_size=64

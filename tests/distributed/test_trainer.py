@@ -334,8 +334,10 @@ def roll_back(straight, broken, tokens):
     poisoned(straight, {4 * 128, 5 * 128}).run()
     crash_and_resume(broken, {4 * 128, 5 * 128}, 7 * 128)
     found = timeless(straight)
-    assert [row.get("event", row["step"]) for row in found] == ["rollback", *range(1, 7), 6]
-    event, first = found[:2]
+    told = [row.get("event", row["step"]) for row in found]
+    assert told == ["rollback", "rollback", *range(1, 7), 6]
+    undone, event, first = found[:3]
+    assert (undone["step"], undone["from_step"], undone["undone"]) == (0, 5, True)
     assert (event["step"], event["from_step"], event["position"]) == (0, 3, 6 * 128)
     assert event["reason"] == "the loss is nan"
     assert event["where"].startswith("rank 1 (micro-batch 1); data position 640")

@@ -134,6 +134,19 @@ def test_a_resume_keeps_to_the_rollback_and_its_row_of_bad_steps(make_trainer):
     assert [row.get("tokens") for row in rows(make_trainer)] == [row.get("tokens") for row in first]
 
 
+def test_a_run_that_begins_again_follows_no_rollback_of_before(make_trainer):
+    make_trainer({0}, steps=2, **guarded("rollback", limit=9)).run()
+    directory = make_trainer.directory
+    directory.checkpoints.rename(directory.path / "away")
+    directory.create()
+    make_trainer(steps=2, **guarded("rollback", limit=9)).run()
+    for step in (2, 1):
+        path = directory.checkpoints / f"step-{step}"
+        path.rename(path.with_name(f"lost-{step}"))
+    again = resumed(make_trainer(**guarded("rollback", limit=9)), make_trainer)
+    assert again._position == 0
+
+
 def test_after_a_stop_by_the_limit_the_advice_can_be_followed(make_trainer):
     bad = {3, 4}
     with pytest.raises(TitansError, match="bad step 2 in a row"):

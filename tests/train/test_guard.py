@@ -7,6 +7,7 @@ import re
 import pytest
 
 from titans_pretrain.config import GuardSection
+from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.train.guard import ADVICE, Guard, Witness, blame
 
 NAN, INF = float("nan"), float("inf")
@@ -181,17 +182,31 @@ def test_the_ranks_and_micro_batches_whose_loss_is_not_finite_are_blamed():
         Witness((1.0, NAN), False),
         Witness((INF, NAN), False),
     ]
-    assert blame("loss", seen) == "rank 1 (micro-batch 1), rank 2 (micro-batch 0, 1)"
+    told = "rank 1 (micro-batch 1), rank 2 (micro-batch 0, 1)"
+    assert blame("loss", seen, Mesh(data=3)) == told
 
 
-def test_of_a_spike_the_largest_share_is_named():
+def test_the_rank_with_the_largest_loss_is_blamed_for_a_spike():
     seen = [Witness((1.0, 2.0), True), Witness((70.0, 2.0), True)]
-    assert blame("loss", seen) == "rank 1 (micro-batch 0) has the largest share, 70"
+    told = "rank 1 (micro-batch 0) has the largest share, 70"
+    assert blame("loss", seen, Mesh(data=2)) == told
 
 
 def test_the_ranks_whose_own_gradient_is_not_finite_are_blamed():
     seen = [Witness((1.0,), True), Witness((1.0,), False), Witness((1.0,), True)]
-    assert blame("gradient norm", seen) == "rank 1"
-    assert blame("gradient norm", [Witness((1.0,), True)] * 2) == (
+    assert blame("gradient norm", seen, Mesh(data=3)) == "rank 1"
+    assert blame("gradient norm", [Witness((1.0,), True)] * 2, Mesh(data=2)) == (
         "all ranks: each one's own gradient is finite"
     )
+
+
+def test_ranks_that_a_bad_number_reached_over_the_sequence_are_not_blamed_for_it():
+    good, bad = Witness((1.0,), True), Witness((NAN,), False)
+    mesh = Mesh(data=2, sequence=3)
+    at_first_span_of_data_rank_1 = [good, bad, good, bad, good, bad]
+    told = "rank 1 (micro-batch 0); from there it reached rank 3, 5"
+    assert blame("loss", at_first_span_of_data_rank_1, mesh) == told
+    lost = Witness((1.0,), False)
+    at_second_span_of_data_rank_0 = [lost, good, lost, good, good, good]
+    told = "rank 2; from there it reached rank 0"
+    assert blame("gradient norm", at_second_span_of_data_rank_0, mesh) == told

@@ -119,6 +119,7 @@ def test_a_full_disk_does_not_hide_who_hangs(start):
     code, told = outcome(process)
     assert code == 75
     assert told.startswith("error: step 3 hangs: rank 0 on ")
+    assert told.count("error: ") == 1
 
 
 def test_an_error_file_that_cannot_be_written_does_not_hide_who_hangs(start, tmp_path):

@@ -54,7 +54,7 @@ KNOWN_SETTINGS: Mapping[str, Any] = {
         "sub_group_size": "optimizer.sub_group_size",
     },
 }
-DTYPES = {"fp32": torch.float32}
+DTYPES: Mapping[Any, torch.dtype] = {"fp32": torch.float32}
 FORBIDDEN_NAMES = ("initialize_sequence_parallel", "get_sequence_")
 
 

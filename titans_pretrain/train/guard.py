@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any, Literal
 
 from titans_pretrain.config import GuardSection
+from titans_pretrain.parallel.mesh import Mesh
 
 Action = Literal["accept", "skip", "rollback", "stop"]
 Number = Literal["loss", "gradient norm"]
@@ -156,25 +157,29 @@ class Witness:
     gradient_finite: bool
 
 
-def blame(number: Number | None, witnesses: Sequence[Witness]) -> str:
+def blame(number: Number | None, witnesses: Sequence[Witness], mesh: Mesh) -> str:
     """The ranks, and their micro-batches, that a bad number comes from.
+
+    What is not finite goes on with memory states to later sequence ranks, and with the states'
+    gradients back to earlier ones: those it reached are told apart.
 
     Args:
         number: the bad one.
         witnesses: of all ranks, in rank order.
+        mesh: the grid of ranks.
     """
     if number == "gradient norm":
-        bad = [str(rank) for rank, seen in enumerate(witnesses) if not seen.gradient_finite]
+        bad = {rank: "" for rank, seen in enumerate(witnesses) if not seen.gradient_finite}
         if bad:
-            return f"rank {', '.join(bad)}"
+            return _origin(bad, mesh, last=True)
         return "all ranks: each one's own gradient is finite"
-    found = []
+    bad = {}
     for rank, seen in enumerate(witnesses):
         places = [str(m) for m, loss in enumerate(seen.losses) if not math.isfinite(loss)]
         if places:
-            found.append(f"rank {rank} (micro-batch {', '.join(places)})")
-    if found:
-        return ", ".join(found)
+            bad[rank] = f" (micro-batch {', '.join(places)})"
+    if bad:
+        return _origin(bad, mesh, last=False)
     shares = [
         (loss, rank, place)
         for rank, seen in enumerate(witnesses)
@@ -182,3 +187,22 @@ def blame(number: Number | None, witnesses: Sequence[Witness]) -> str:
     ]
     largest, rank, place = max(shares, key=lambda share: share[0])
     return f"rank {rank} (micro-batch {place}) has the largest share, {largest:.4g}"
+
+
+def _origin(bad: Mapping[int, str], mesh: Mesh, *, last: bool) -> str:
+    """The bad ranks with the last (or first) span of their sequences, and those reached from there.
+
+    Args:
+        bad: what is told of each bad rank.
+        mesh: the grid of ranks.
+        last: whether it spread to earlier spans, or to later ones.
+    """
+    spans: dict[int, int] = {}
+    for rank in bad:
+        _, data, span = mesh.coordinates(rank)
+        choose = max if last else min
+        spans[data] = choose(span, spans.get(data, span))
+    first = [rank for rank in bad if mesh.coordinates(rank)[2] == spans[mesh.coordinates(rank)[1]]]
+    told = "rank " + ", rank ".join(f"{rank}{bad[rank]}" for rank in first)
+    reached = [str(rank) for rank in bad if rank not in first]
+    return told + (f"; from there it reached rank {', '.join(reached)}" if reached else "")

@@ -1,6 +1,5 @@
 """How a rank ends: after the step under way at a signal, or at once."""
 
-import contextlib
 import os
 import signal
 import sys
@@ -21,9 +20,8 @@ def on_asking(handler: Callable[[int, FrameType | None], None]) -> None:
 def leave(code: int) -> NoReturn:
     """End this process at once, without waiting for other ranks, even if its log takes no more."""
     try:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
-                stream.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 

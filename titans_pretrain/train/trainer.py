@@ -232,7 +232,7 @@ class Trainer:
         if verdict.action == "accept":
             return ""
         own = guard.Witness(tuple(losses), self._engine.own_gradient_finite())
-        return guard.blame(verdict.number, devices.gather_objects(own))
+        return guard.blame(verdict.number, devices.gather_objects(own), self._mesh)
 
     def _undo(self, records: Records, verdict: guard.Verdict, seen: str) -> None:
         """Stop the run at a bad step, or go back to an earlier checkpoint.

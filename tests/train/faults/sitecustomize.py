@@ -11,15 +11,15 @@ KIND, RANK, STEP = os.environ.get("TITANS_FAULT", "none:0:0").split(":")
 
 if os.environ.get("RANK") == RANK and KIND != "none":
     from titans_pretrain.parallel.zero import ZeroEngine
-    from titans_pretrain.train.passes import Passes
+    from titans_pretrain.train.trainer import Trainer
 
-    train, backward = Passes.train, ZeroEngine.backward
+    step, backward = Trainer._train_step, ZeroEngine.backward
     steps = 0
 
-    def failing_train(self, *arguments):
+    def counted_step(self, *arguments):
         global steps
         steps += 1
-        return train(self, *arguments)
+        return step(self, *arguments)
 
     def failing_backward(self, loss, micro_batch=0):
         here = steps == int(STEP)
@@ -31,4 +31,4 @@ if os.environ.get("RANK") == RANK and KIND != "none":
             time.sleep(3600)
         backward(self, loss * float("nan") if here and KIND == "nan" else loss, micro_batch)
 
-    Passes.train, ZeroEngine.backward = failing_train, failing_backward
+    Trainer._train_step, ZeroEngine.backward = counted_step, failing_backward
