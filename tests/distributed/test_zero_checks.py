@@ -1,6 +1,7 @@
 """What DeepSpeed would do wrong without a word is found before anything is trained or saved."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -278,7 +279,8 @@ def double_the_gradients():
 
 
 def make_losses_nan():
-    Parallel.cross_entropy = lambda self, logits, targets: logits[..., 0] * float("nan")
+    train = passes.Passes.train
+    passes.Passes.train = lambda *arguments: [loss * math.nan for loss in train(*arguments)]
 
 
 def check(variant, sizes, changes, sabotage=None):
