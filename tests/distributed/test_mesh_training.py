@@ -114,7 +114,14 @@ def farthest(variant, sizes, sabotage=None):
     return max(abs(one - other) for one, other in zip(found, losses, strict=True))
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "transformer"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        "mac",
+        "transformer",
+        *(pytest.param(variant, marks=pytest.mark.slow) for variant in ("lmm", "mag", "mal")),
+    ],
+)
 def test_bf16_on_a_mesh_follows_the_float32_run(variant):
     assert farthest(variant, (2, 1, 2)) < BF16_TOLERANCE
 
