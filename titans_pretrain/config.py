@@ -96,7 +96,7 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: bfloat16 weights and activations, float32 master, gradients summed in float32."""
     activation_checkpointing: bool = False
-    """Keep block inputs only and recompute blocks in backward."""
+    """Keep block inputs and what other ranks sent into blocks; recompute blocks in backward."""
     offload_optimizer: bool = False
     """Keep float32 master weights and Adam moments in host memory and update them there."""
     validation_every: int = Field(default=0, ge=0)
