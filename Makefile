@@ -7,13 +7,14 @@ override DEMO := demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-full check format clean
+.PHONY: help setup demo test test-full bench-data check format clean
 
 help:
 	@echo "make setup      create .venv with titans and all test packages"
 	@echo "make demo       prepare real text, train on 2 ranks, export, generate, plot ($(DEMO)/)"
 	@echo "make test       the tests, on CPU"
 	@echo "make test-full  the tests and the minutes-long ones"
+	@echo "make bench-data tokens per second of preparing data, beside other programs"
 	@echo "make check      lint, format and type checks"
 
 setup: $(READY)
@@ -53,6 +54,10 @@ test-full: $(READY)
 	$(BIN)/pytest -n 2
 	$(BIN)/python tests/benchmarks/wavefront.py --forward-ms 40 --backward-ms 80 --check 1.1
 	$(BIN)/python tests/benchmarks/long_sequence.py --check 1.3
+
+bench-data: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,fast]"
+	$(BIN)/python tests/benchmarks/prepare_data.py --json build/bench-data/result.json $(OPTIONS)
 
 check: $(READY)
 	$(BIN)/ruff check .

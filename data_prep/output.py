@@ -1,6 +1,8 @@
 """Whole files or none, with errors that name the file and the cause."""
 
 import contextlib
+import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -41,3 +43,17 @@ def write_json(path: Path, content: object) -> None:
     """``files.write_json`` whose failures name the file."""
     with told(path):
         files.write_json(path, content)
+
+
+@contextlib.contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Make a directory and hold its lock, where the file system has locks."""
+    with told(output):
+        output.mkdir(parents=True, exist_ok=True)
+        handle = os.open(output, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

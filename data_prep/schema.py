@@ -5,13 +5,13 @@ dict's are allowed.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from titans_pretrain.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 
 
 def read(path: Path, shape: Mapping[str, Any], *, fix: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _file_name(value: Any) -> bool:
 
 def _input(entry: Any) -> bool:
     """A planned input; ``starts``, of jsonl, has a place for every unit."""
-    if misfit(entry, {"name": str, "size": _count, "units": _count}):
+    if misfit(entry, {"name": str, "url": str, "size": _count, "units": _count}):
         return False
     starts = entry.get("starts", [])
     return (
@@ -108,27 +108,94 @@ def _counts(value: Any) -> bool:
     return not misfit(value, {"read": _count, "kept": _count}) and all(map(_count, value.values()))
 
 
-FILE = {"name": _file_name, "bytes": _count, "sha256": str}
-SHARD = {"task": _count, "tokens": _some, "documents": _some, **FILE, "provenance": FILE}
-SETTINGS = {"prompt_column": lambda value: value is None or isinstance(value, str)}
-VOCABULARY = {"tokenizer_sha256": str, "vocab_size": _some, "eos_id": _count}
-PLAN = {"inputs": [_input], "settings": SETTINGS, "tasks": _some, "command": [str], **VOCABULARY}
-TASK = {
+def _place(value: Any) -> bool:
+    """A place in a task's work: index of the unit, and of the batch within it."""
+    return isinstance(value, list) and len(value) == 2 and all(map(_count, value))
+
+
+def _maybe(shape: Any) -> Callable[[Any], bool]:
+    """The test of a value that may be null."""
+    return lambda value: value is None or not misfit(value, shape, "value")
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _digest(value: Any) -> bool:
+    """The hex sha256 of something."""
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+FILE = {"name": _file_name, "bytes": _count, "sha256": _digest}
+SHARD = {
     "task": _count,
-    "plan": str,
+    "tokens": _some,
+    "documents": _some,
+    **FILE,
+    "provenance": FILE,
+    "index": FILE,
+}
+SETTINGS = {
+    **dict.fromkeys(("text_column", "id_column", "score_column", "language_column"), str),
+    **dict.fromkeys(("url_column", "dump_column", "bad_rows"), str),
+    **dict.fromkeys(("prompt_column", "language"), _maybe(str)),
+    **dict.fromkeys(("min_characters", "max_characters"), _maybe(_count)),
+    "min_score": _maybe(_number),
+    "held_out": _number,
+    "bos": _flag,
+    "seed": _count,
+    "shard_bytes": _some,
+    "member_tokens": _some,
+}
+VOCABULARY = {
+    "tokenizer_sha256": _digest,
+    "vocab_size": _some,
+    "eos_id": _count,
+    "bos_id": _maybe(_count),
+}
+EXPECTED = dict.fromkeys(("tokens", "documents", "bytes", "text_bytes", "units"), _count)
+PLAN = {
+    "inputs": [_input],
+    "settings": SETTINGS,
+    "tasks": _some,
+    "command": [str],
+    "expected": EXPECTED,
+    "duplicates": _maybe({**FILE, "documents": _count}),
+    **VOCABULARY,
+}
+WINDOW = {
+    "first": _place,
+    "last": _place,
     "documents": _counts,
-    "shards": [SHARD],
-    "unigrams": {"name": _file_name, "sha256": str},
+    "shard": _maybe(SHARD),
+    "held_out": _maybe(SHARD),
+}
+PARTIAL = {"task": _count, "plan": _digest, "documents": _counts, "windows": [WINDOW]}
+TASK = {**PARTIAL, "unigrams": FILE}
+PROGRESS = {
+    **dict.fromkeys(("units_done", "units", "tokens", "documents", "pid"), _count),
+    **dict.fromkeys(("updated", "rate"), _number),
+    "host": str,
+    "state": lambda value: value in ("running", "failed"),
+    "error": _maybe(str),
 }
 MANIFEST = {
     "tokens": _some,
+    "held_out_tokens": _count,
     "documents": _counts,
     "unigram_entropy": float,
     "dtype": lambda value: value in ("uint16", "uint32"),
-    "masks": lambda value: isinstance(value, bool),
-    "settings": {"member_tokens": _some, **SETTINGS},
+    "masks": _flag,
+    "bos": _flag,
+    "settings": SETTINGS,
     "tasks": _some,
     "shards": [SHARD],
-    "fingerprint": str,
+    "held_out": [SHARD],
+    "fingerprint": _digest,
     **VOCABULARY,
 }

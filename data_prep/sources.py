@@ -1,19 +1,17 @@
-"""Reading text out of parquet, jsonl[.gz|.zst] and txt files.
+"""Reading text out of parquet, arrow, jsonl[.gz|.zst] and txt files.
 
-The unit of work is the row group: of parquet its own, of jsonl every 1000 lines, a whole .txt file
-(one document). Any unit can be read on its own, in any order.
+The unit of work is the row group: of parquet its own, of arrow a record batch, of jsonl every 1000
+lines, a whole .txt file (one document). Any unit can be read on its own, in any order.
 """
 
 import contextlib
 import gzip
-import json
-import reprlib
-import sys
-import tempfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
@@ -22,66 +20,45 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from data_prep import inputs
+from data_prep import inputs, rows, spool
 from data_prep.inputs import Input
-from titans_pretrain.errors import TitansError, UserError, nearest
+from data_prep.rows import Columns as Columns
+from data_prep.rows import Row as Row
+from titans_pretrain.errors import UserError
 
-LINES_PER_UNIT = 1000
+ROWS = 1000  # of a unit of jsonl, and at most of a batch
 OPEN_FILES = 16
-UNPACKED_FILES = 256
+READERS = 32  # files looked at, at the same time
+PARQUET_BUFFER = 2**20  # bytes read ahead of a column; a whole column of a row group otherwise
+ARROW_FILE = b"ARROW1"
+ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file is cut: the number of units and, for jsonl, where each starts (bytes)."""
+    """How a file is cut: the number of units and, for jsonl and arrow streams, their starts.
+
+    Attributes:
+        units: how many.
+        starts: the byte at which each begins.
+    """
 
     units: int
     starts: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns hold what; ``needed`` are ``score`` and ``language`` when filtered on."""
-
-    text: str = "text"
-    id: str = "id"
-    prompt: str | None = None
-    needed: tuple[str, ...] = ()
-
-    def required(self) -> tuple[str, ...]:
-        """Columns that every row must have."""
-        return (self.text, *([self.prompt] if self.prompt else []), *self.needed)
-
-    def wanted(self) -> tuple[str, ...]:
-        """Columns read where they exist."""
-        return tuple(dict.fromkeys((*self.required(), self.id, "url", "dump")))
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A document as read; what a source lacks is empty or None."""
-
-    text: str
-    prompt: str
-    id: str
-    url: str
-    dump: str
-    score: float | None
-    language: str | None
-
-
 def documents(items: Sequence[Input], columns: Columns) -> Iterator[str]:
     """The texts of all inputs, units in a fixed random order, so that any start is a sample."""
+    shapes = layouts(items)
     units = [
         (item, shape, unit)
-        for item in items
-        for shape in [layout(item)]
+        for item, shape in zip(items, shapes, strict=True)
         for unit in range(shape.units)
     ]
     with Reader(columns) as reader:
         for index in shuffled(len(units), 0):
-            for rows in reader.rows(*units[index]):
-                yield from (row.prompt + row.text for row in rows)
+            for batch in reader.rows(*units[index]):
+                yield from (row.prompt + row.text for row in batch if not row.problem)
 
 
 def shuffled(count: int, *key: int) -> list[int]:
@@ -90,36 +67,79 @@ def shuffled(count: int, *key: int) -> list[int]:
     return np.argsort(bits, kind="stable").tolist()
 
 
+def layouts(items: Sequence[Input]) -> list[Layout]:
+    """``layout`` of every file, several looked at together."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(layout, items))
+
+
 def layout(item: Input) -> Layout:
-    """Count a file's units; reads a parquet file's footer, or a jsonl file once."""
+    """Count a file's units; reads a parquet file's footer, or a jsonl file once.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     kind = inputs.kind(item.url)
-    with Reader(Columns()) as reader, _readable(item):
+    with _readable(item):
         if kind == "parquet":
-            return Layout(reader.parquet(item).num_row_groups)
-        if kind == "txt":
-            return Layout(1)
-        starts, position = [0], 0
-        for number, line in enumerate(reader.lines(item), start=1):
-            position += len(line)
-            if number % LINES_PER_UNIT == 0:
+            with pq.ParquetFile(_native(item)) as file:
+                return Layout(file.num_row_groups)
+        if kind == "arrow":
+            return _arrow_layout(item)
+        return _lines_layout(item) if kind == "jsonl" else Layout(1)
+
+
+def _lines_layout(item: Input) -> Layout:
+    """A unit begins at the file's start and after every 1000th line end, unless there it ends."""
+    starts, lines, position = [0], 0, 0
+    for block in spool.blocks(item):
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n"))
+        starts += (position + 1 + ends[-(lines + 1) % ROWS :: ROWS]).tolist()
+        lines, position = lines + len(ends), position + len(block)
+    if starts[-1] == position:
+        starts.pop()
+    return Layout(len(starts), tuple(starts))
+
+
+def _arrow_layout(item: Input) -> Layout:
+    with _native(item) as handle:
+        if handle.read(len(ARROW_FILE)) == ARROW_FILE:
+            return Layout(pa.ipc.open_file(handle).num_record_batches)
+        handle.seek(max(0, item.size - len(ARROW_END)))
+        if handle.read() != ARROW_END:
+            raise EOFError("the stream has no end, it was cut")
+        starts, position = [], 0
+        while position < item.size - len(ARROW_END):
+            handle.seek(position)
+            message = pa.ipc.read_message(handle)
+            if message.type == "record batch":
                 starts.append(position)
-        if starts[-1] == position:
-            starts.pop()
-        return Layout(len(starts), tuple(starts))
+            elif message.type != "schema":
+                raise UserError(
+                    f"a stream with a {message.type} cannot be read in parts",
+                    where=item.url,
+                    fix="write it as an Arrow file or as parquet",
+                )
+            position = handle.tell()
+    return Layout(len(starts), tuple(starts))
 
 
 class Reader:
-    """Reads units; keeps the last files open, and compressed jsonl unpacked in $TMPDIR.
+    """Reads units; keeps the last files open.
 
-    At most ``OPEN_FILES`` and ``UNPACKED_FILES`` of them. Use as a context manager: the end closes
-    and removes them.
+    Use as a context manager: the end closes them.
+
+    Args:
+        columns: which hold what.
+        spool: folder of unpacked files (``spool.shared``) that several readers use; None: one of
+            its own, made when needed.
     """
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Columns, spool: Path | None = None) -> None:
         self.columns = columns
+        self._spool = spool
         self._open: OrderedDict[str, Any] = OrderedDict()
-        self._unpacked: OrderedDict[str, Any] = OrderedDict()
-        self._times = 0
+        self._own = contextlib.ExitStack()
 
     def __enter__(self) -> "Reader":
         return self
@@ -130,173 +150,135 @@ class Reader:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for handle in (*self._open.values(), *self._unpacked.values()):
+        for handle in self._open.values():
             handle.close()
+        self._open.clear()
+        self._own.close()
 
     def rows(self, item: Input, shape: Layout, unit: int) -> Iterator[list[Row]]:
         """A unit's rows, at most 1000 at a time.
 
         Raises:
-            UserError: text that is no UTF-8, invalid JSON, a missing column, a damaged file.
+            UserError: a damaged file, a missing column, or a row that cannot be read (text that
+                is no UTF-8, invalid JSON) where bad rows stop.
         """
         kind = inputs.kind(item.url)
         if kind == "parquet":
             yield from self._parquet_rows(item, unit)
+        elif kind == "arrow":
+            yield from self._arrow_rows(item, shape, unit)
         elif kind == "jsonl":
             yield self._jsonl_rows(item, shape, unit)
         else:
             yield [self._txt_row(item)]
 
-    def parquet(self, item: Input) -> pq.ParquetFile:
-        """The open file."""
-        return _recent(
-            self._open,
-            item.url,
-            OPEN_FILES,
-            lambda: pq.ParquetFile(inputs.open_file(item), pre_buffer=False),
-        )
-
-    def lines(self, item: Input) -> IO[bytes]:
-        """The file's uncompressed bytes, seekable."""
-        if not item.url.endswith((".gz", ".zst")):
-            return _recent(self._open, item.url, OPEN_FILES, lambda: inputs.open_file(item))
-        return _recent(self._unpacked, item.url, UNPACKED_FILES, lambda: self._unpack(item))
-
-    def _unpack(self, item: Input) -> IO[bytes]:
-        """Unpack a file; says once when files are dropped that may have to be unpacked again."""
-        self._times += 1
-        if self._times == UNPACKED_FILES + 1:
-            print(
-                f"over {UNPACKED_FILES} compressed inputs: each is unpacked again and again; "
-                "parquet would be faster",
-                file=sys.stderr,
-            )
-        return _unpack(item)
-
     def _parquet_rows(self, item: Input, unit: int) -> Iterator[list[Row]]:
         with _readable(item):
-            file = self.parquet(item)
-            known = file.schema_arrow.names
+            file = self._kept(item, lambda: _parquet(item))
+            names = rows.known(file.schema_arrow)
         for name in self.columns.required():
-            if name not in known:
-                raise _no_column(name, known, item.url)
-        names = [name for name in self.columns.wanted() if name in known]
-        batches = file.iter_batches(LINES_PER_UNIT, row_groups=[unit], columns=names)
+            if name not in names:
+                raise rows.no_column(name, names, item.url)
+        wanted = [name for name in self.columns.wanted() if name in names]
+        batches = file.iter_batches(ROWS, row_groups=[unit], columns=wanted, use_threads=False)
         first = 0
         while True:
             with _readable(item):
                 batch = next(batches, None)
             if batch is None:
                 return
-            yield [
-                self._row(values, f"{item.url}, row {first + index} of row group {unit}")
-                for index, values in enumerate(_pylist(batch, item, unit, first))
-            ]
+            yield self._rows(batch, item, unit, first)
             first += batch.num_rows
+
+    def _arrow_rows(self, item: Input, shape: Layout, unit: int) -> Iterator[list[Row]]:
+        with _readable(item):
+            batch = self._kept(item, lambda: _Arrow(item, shape)).batch(unit)
+        for first in range(0, batch.num_rows, ROWS):
+            yield self._rows(batch.slice(first, ROWS), item, unit, first)
+
+    def _rows(self, batch: pa.RecordBatch, item: Input, unit: int, first: int) -> list[Row]:
+        def where(index: int) -> str:
+            return f"{item.url}, row {first + index} of row group {unit}"
+
+        return rows.from_batch(batch, self.columns, item.url, where)
 
     def _jsonl_rows(self, item: Input, shape: Layout, unit: int) -> list[Row]:
         end = shape.starts[unit + 1] if unit + 1 < len(shape.starts) else None
         with _readable(item):
-            handle = self.lines(item)
+            handle = self._kept(item, lambda: self._lines(item))
             handle.seek(shape.starts[unit])
             content = handle.read(-1 if end is None else end - shape.starts[unit])
+
+        def where(index: int) -> str:
+            return f"{item.url}:{unit * ROWS + 1 + index}"
+
         lines = content.removesuffix(b"\n").split(b"\n")
-        first = unit * LINES_PER_UNIT + 1
         return [
-            self._row(_parse(line, f"{item.url}:{first + index}"), f"{item.url}:{first + index}")
-            for index, line in enumerate(lines)
+            rows.from_line(line, self.columns, where, index) for index, line in enumerate(lines)
         ]
 
     def _txt_row(self, item: Input) -> Row:
         with _readable(item), inputs.open_file(item) as handle:
             content = handle.read()
-        try:
-            text = content.decode()
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise _no_utf8(f"{item.url}:{line}") from None
-        name = _encodable(item.name, "the file's name", item.url)
-        return Row(text, "", name, "", "", None, None)
+        return rows.from_bytes(content, item.name, self.columns, item.url)
 
-    def _row(self, values: dict[str, Any] | None, where: str) -> Row:
-        """Check one row's columns; a blank line is an empty document."""
-        columns = self.columns
-        if values is None:
-            return Row("", "", "", "", "", None, None)
-        for name in columns.required():
-            if name not in values:
-                raise _no_column(name, values, where)
-        text, prompt = (
-            _text(values[name], name, where) if name else ""
-            for name in (columns.text, columns.prompt)
-        )
-        score, language = (
-            values[name] if name in columns.needed else None for name in ("score", "language")
-        )
-        if score is not None and not isinstance(score, int | float):
-            raise UserError(
-                f"column 'score' holds {reprlib.repr(score)}, no number",
-                where=where,
-                fix="mend this row",
-            )
-        name, url, dump = (
-            _label(values.get(key), key, where) for key in (columns.id, "url", "dump")
-        )
-        return Row(text, prompt, name, url, dump, score, language)
+    def _lines(self, item: Input) -> IO[bytes]:
+        if not spool.is_packed(item):
+            return inputs.open_file(item)
+        if self._spool is None:
+            self._spool = self._own.enter_context(spool.shared())
+        return spool.unpacked(self._spool, item)
+
+    def _kept(self, item: Input, make: Callable[[], Any]) -> Any:
+        """The open file, opened when it is not; the one used longest ago is closed."""
+        if item.url not in self._open:
+            if len(self._open) >= OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+            self._open[item.url] = make()
+        self._open.move_to_end(item.url)
+        return self._open[item.url]
 
 
-def _recent(kept: OrderedDict[str, Any], key: str, most: int, make: Callable[[], Any]) -> Any:
-    """The file kept under a key, opened when it is not; the one used longest ago is closed."""
-    if key not in kept:
-        if len(kept) >= most:
-            kept.popitem(last=False)[1].close()
-        kept[key] = make()
-    kept.move_to_end(key)
-    return kept[key]
+class _Arrow:
+    """An open Arrow file or stream and what it begins with."""
+
+    def __init__(self, item: Input, shape: Layout) -> None:
+        self._handle = _native(item)
+        self._starts = shape.starts
+        opened = pa.ipc.open_stream if shape.starts else pa.ipc.open_file
+        self._source = opened(self._handle)
+
+    def batch(self, unit: int) -> pa.RecordBatch:
+        """One record batch."""
+        if not self._starts:
+            return self._source.get_batch(unit)
+        self._handle.seek(self._starts[unit])
+        message = pa.ipc.read_message(self._handle)
+        return pa.ipc.read_record_batch(message, self._source.schema)
+
+    def close(self) -> None:
+        self._handle.close()
 
 
-def _unpack(item: Input) -> IO[bytes]:
-    """The decompressed content in an unnamed temporary file, so that any unit can be read."""
-    spool: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the Reader
-    with inputs.open_file(item) as packed:
-        for block in _gz_blocks(packed) if item.url.endswith(".gz") else _zst_blocks(packed):
-            try:
-                spool.write(block)
-            except OSError as error:
-                raise TitansError(
-                    f"cannot unpack {item.url}: {error.strerror}",
-                    where=tempfile.gettempdir(),
-                    fix="point TMPDIR at a disk with room for the unpacked file",
-                ) from None
-    spool.seek(0)
-    return spool
+def _parquet(item: Input) -> pq.ParquetFile:
+    """Of a remote file a row group's columns are fetched together, of a local one bit by bit."""
+    if inputs.is_remote(item.url):
+        return pq.ParquetFile(_native(item), pre_buffer=True)
+    return pq.ParquetFile(_native(item), pre_buffer=False, buffer_size=PARQUET_BUFFER)
 
 
-def _gz_blocks(packed: IO[bytes]) -> Iterator[bytes]:
-    stream = gzip.GzipFile(fileobj=packed)
-    while block := stream.read(2**20):
-        yield block
-
-
-def _zst_blocks(packed: IO[bytes]) -> Iterator[bytes]:
-    """All frames; zstandard's own reader takes a cut file for a whole one."""
-    frame = None
-    while chunk := packed.read(2**20):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
-        raise EOFError("the file ends inside a zstd frame")
+def _native(item: Input) -> pa.NativeFile:
+    if inputs.is_remote(item.url):
+        return pa.PythonFile(inputs.open_file(item), mode="r")
+    return pa.OSFile(str(inputs.local(item)))
 
 
 @contextlib.contextmanager
 def _readable(item: Input) -> Iterator[None]:
     """Name the file when it cannot be read to its end."""
     damage: tuple[type[Exception], ...]
-    damage = (EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
-    damage += () if "://" in item.url else (OSError,)
+    damage = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, pa.ArrowException)
+    damage += () if inputs.is_remote(item.url) else (OSError,)
     with inputs.reaching(item.url, where=item.url):
         try:
             yield
@@ -306,71 +288,3 @@ def _readable(item: Input) -> Iterator[None]:
                 where=item.url,
                 fix="replace the file, or leave it out",
             ) from None
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any] | None:
-    if not line.strip():
-        return None
-    try:
-        values = json.loads(line.decode())
-    except UnicodeDecodeError:
-        raise _no_utf8(where) from None
-    except json.JSONDecodeError as error:
-        raise _bad_json(f"{error.msg} at column {error.colno}", where) from None
-    except ValueError:
-        raise _bad_json("a number of thousands of digits", where) from None
-    except RecursionError:
-        raise _bad_json("nested too deeply", where) from None
-    if not isinstance(values, dict):
-        raise UserError("the line is no JSON object", where=where, fix="mend this line")
-    return values
-
-
-def _bad_json(problem: str, where: str) -> UserError:
-    return UserError(f"invalid JSON: {problem}", where=where, fix="mend this line")
-
-
-def _pylist(batch: pa.RecordBatch, item: Input, unit: int, first: int) -> list[dict[str, Any]]:
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        pass
-    for index in range(batch.num_rows):
-        try:
-            batch.slice(index, 1).to_pylist()
-        except UnicodeDecodeError:
-            raise _no_utf8(f"{item.url}, row {first + index} of row group {unit}") from None
-    raise AssertionError("a batch that fails has a row that fails")
-
-
-def _text(value: Any, column: str, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(
-            f"column {column!r} holds {type(value).__name__}, not text",
-            where=where,
-            fix="name the column that holds text",
-        )
-    return _encodable(value, f"column {column!r}", where)
-
-
-def _label(value: Any, column: str, where: str) -> str:
-    """An identifier, which need not be text, as text; empty where there is none."""
-    return _encodable("" if value is None else str(value), f"column {column!r}", where)
-
-
-def _encodable(text: str, what: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _no_utf8(where, what) from None
-    return text
-
-
-def _no_utf8(where: str, what: str = "the text") -> UserError:
-    return UserError(f"{what} is no UTF-8", where=where, fix="mend or remove this line")
-
-
-def _no_column(name: str, known: Any, where: str) -> UserError:
-    return UserError(f"no column {name!r}", where=where, fix=nearest(name, known))

@@ -4,21 +4,23 @@ Every member but the last holds ``member_tokens`` tokens. A member ``KEY.npy`` m
 ``KEY.mask.npy`` (uint8, 1 = train on this token as a target). Stock ``webdataset`` reads them.
 """
 
-import io
 import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from titans_pretrain.errors import UserError
 
 BLOCK = 512
+NPY_HEADER = 128
 MEMBER_TOKENS = 2**18
+BLOCK_TOKENS = 4096
 MASK_SUFFIX = ".mask.npy"
 
 
@@ -31,25 +33,93 @@ class Member(NamedTuple):
     dtype: np.dtype[Any]
 
 
-class TarWriter:
-    """Writes arrays as tar members that carry no clock and no owner."""
+def data_offset(member: int, member_tokens: int, itemsize: int, *, masks: bool = False) -> int:
+    """Where the tokens of a member start in a tar that ``TarWriter`` made, bytes.
 
-    def __init__(self, handle: IO[bytes]) -> None:
-        self._tar = tarfile.open(fileobj=handle, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+    Args:
+        member: its number, from 0 (with masks: of the token arrays alone).
+        member_tokens: tokens of every member before it.
+        itemsize: bytes of a token.
+        masks: whether each of them is followed by its mask.
+    """
+    before = member_bytes(member_tokens * itemsize) + (member_bytes(member_tokens) if masks else 0)
+    return member * before + BLOCK + NPY_HEADER
+
+
+def member_bytes(size: int) -> int:
+    """Bytes that an array of ``size`` bytes takes in a tar: headers, values and padding."""
+    return BLOCK + -(-(NPY_HEADER + size) // BLOCK) * BLOCK
+
+
+class Writable(Protocol):
+    """What bytes can be written to."""
+
+    def write(self, content: Any, /) -> object:
+        """Append bytes."""
+        ...
+
+
+class TarWriter:
+    """Writes arrays as tar members that carry no clock and no owner.
+
+    Args:
+        file: whose ``write`` takes bytes, in order; it stays open.
+    """
+
+    def __init__(self, file: Writable) -> None:
+        self._write = file.write
+        self._bytes = 0
 
     def write(self, name: str, array: NDArray[Any]) -> None:
-        """Append one ``.npy`` member."""
-        buffer = io.BytesIO()
-        np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+        """Append a one-dimensional array as one ``.npy`` member."""
         info = tarfile.TarInfo(name)
-        info.size = buffer.tell()
+        info.size = NPY_HEADER + array.nbytes
         info.mode = 0o644
-        buffer.seek(0)
-        self._tar.addfile(info, buffer)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict") + _npy_header(array))
+        self._write(array.data)
+        self._write(bytes(-info.size % BLOCK))
+        self._bytes += member_bytes(array.nbytes)
 
     def close(self) -> None:
-        """Write the end-of-archive blocks; the handle stays open."""
-        self._tar.close()
+        """Write the end of the archive."""
+        end = 2 * BLOCK
+        self._write(bytes(end + -(self._bytes + end) % tarfile.RECORDSIZE))
+
+
+def _npy_header(array: NDArray[Any]) -> bytes:
+    """The header of version 1.0, written here so that no version of numpy changes a byte."""
+    told = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': ({len(array)},), }}"
+    length = NPY_HEADER - 10
+    return b"\x93NUMPY\1\0" + length.to_bytes(2, "little") + told.ljust(length - 1).encode() + b"\n"
+
+
+class BlockSums:
+    """XXH3-64 of every block of ``BLOCK_TOKENS`` values of a stream, the last block shorter."""
+
+    def __init__(self) -> None:
+        self._sums: list[int] = []
+        self._hash, self._filled = xxhash.xxh3_64(), 0
+
+    def add(self, array: NDArray[Any]) -> None:
+        """Continue with an array's values."""
+        while len(array):
+            left = BLOCK_TOKENS - self._filled
+            part, array = array[:left], array[left:]
+            self._hash.update(part.data)
+            self._filled += len(part)
+            if self._filled == BLOCK_TOKENS:
+                self._end_block()
+
+    def finish(self) -> NDArray[np.uint64]:
+        """The sums, (blocks,)."""
+        if self._filled:
+            self._end_block()
+        return np.array(self._sums, np.uint64)
+
+    def _end_block(self) -> None:
+        self._sums.append(self._hash.intdigest())
+        self._hash.reset()
+        self._filled = 0
 
 
 def walk(path: Path) -> Iterator[Member]:

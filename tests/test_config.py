@@ -300,3 +300,47 @@ def test_without_presets_the_message_says_how_to_get_them(tmp_path, monkeypatch)
     monkeypatch.setattr(config, "PRESETS", tmp_path)
     with pytest.raises(UserError, match="holds no presets"):
         config.resolve_model({"preset": "titans-mac-170m"})
+
+
+MIXTURE = "data.mixture=[{manifest: a/manifest.json, weight: 3}, {manifest: 's3://b/m', weight: 1}]"
+
+
+def test_a_mixture_takes_the_place_of_the_manifest(run_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = config.load(run_file, ["data.manifest=null", MIXTURE]).data
+    assert data.parts == [(str(tmp_path / "a/manifest.json"), 3.0), ("s3://b/m", 1.0)]
+    assert config.load(run_file).data.parts == [(str(tmp_path / "data/manifest.json"), 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "what", "fix"),
+    [
+        (["data.manifest=null"], "data.manifest: missing", "or mixture"),
+        ([MIXTURE], "data.mixture: given beside data.manifest", "only one of the two"),
+        (
+            ["data.manifest=null", "data.mixture=[{manifest: a, weight: 0}]"],
+            "data.mixture.0.weight: 0 is not allowed",
+            "greater than 0",
+        ),
+        (
+            ["data.manifest=null", "data.mixture=[{manifest: a, weight: .inf}]"],
+            "data.mixture.0.weight: inf is not allowed",
+            "finite",
+        ),
+        (
+            ["data.manifest=null", "data.mixture=[{manifest: a, weight: 1, wieght: 1}]"],
+            "data.mixture.0.wieght: no such key",
+            "'weight'",
+        ),
+        (
+            ["data.manifest=null", "data.mixture=[{manifest: a}]"],
+            "data.mixture.0.weight: missing",
+            "add weight",
+        ),
+    ],
+)
+def test_wrong_data_sections_are_refused(run_file, overrides, what, fix):
+    with pytest.raises(UserError) as caught:
+        config.load(run_file, overrides)
+    assert what in caught.value.what
+    assert fix in caught.value.fix

@@ -1,7 +1,9 @@
 """Files are whole or absent."""
 
+import errno
 import json
 import os
+import socket
 
 import pytest
 
@@ -51,3 +53,61 @@ def test_a_failed_directory_leaves_nothing(tmp_path):
 def test_the_checksum_is_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert files.sha256_file(tmp_path / "x").startswith("ba7816bf8f01cfea")
+
+
+def test_a_living_writers_file_is_not_taken_for_abandoned(tmp_path):
+    path = tmp_path / "x.bin"
+    with files.atomic_file(path) as handle:
+        handle.write(b"abc")
+        files.remove_abandoned(tmp_path, "*")
+    assert path.read_bytes() == b"abc"
+
+
+def left_behind(folder, host=None):
+    """The temporary file of a writer that is gone."""
+    path = folder / f".x.bin.{host or socket.gethostname()}-1-aa.tmp"
+    path.write_bytes(b"ab")
+    return path
+
+
+def test_a_gone_writers_file_is_removed_where_its_name_matches(tmp_path):
+    path = left_behind(tmp_path)
+    files.remove_abandoned(tmp_path, "y*")
+    assert path.exists()
+    files.remove_abandoned(tmp_path, "x*")
+    assert not path.exists()
+
+
+def test_another_hosts_file_must_also_be_old(tmp_path):
+    path = left_behind(tmp_path, "elsewhere")
+    files.remove_abandoned(tmp_path, "*")
+    assert path.exists()
+    os.utime(path, (0, 0))
+    files.remove_abandoned(tmp_path, "*")
+    assert not path.exists()
+
+
+def test_without_locks_files_are_written_and_none_is_removed(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOTSUP, "no locks")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    files.write_json(tmp_path / "a", [1])
+    path = left_behind(tmp_path)
+    files.remove_abandoned(tmp_path, "*")
+    assert path.exists()
+    assert (tmp_path / "a").exists()
+
+
+def test_a_writer_whose_file_was_removed_before_it_was_locked_begins_again(tmp_path, monkeypatch):
+    real, taken = files.fcntl.flock, []
+
+    def too_late(handle, kind):
+        if not taken:
+            taken.append(handle.name)
+            os.unlink(handle.name)
+        real(handle, kind)
+
+    monkeypatch.setattr(files.fcntl, "flock", too_late)
+    files.write_json(tmp_path / "a", [1])
+    assert os.listdir(tmp_path) == ["a"]

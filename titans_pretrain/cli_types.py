@@ -23,6 +23,14 @@ def number(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """A finite number above zero."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return value
+
+
 def positive(text: str) -> int:
     """A whole number from 1."""
     value = integer(text)
@@ -36,4 +44,12 @@ def natural(text: str) -> int:
     value = integer(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def share(text: str) -> float:
+    """A part of one: from 0 to below 1."""
+    value = number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share from 0 to below 1")
     return value

@@ -40,19 +40,45 @@ class LengthStage(Section):
     """Tokens per sequence; divides data.sequence_length."""
 
 
+class MixturePart(Section):
+    """One data set of a mixture."""
+
+    manifest: str
+    """Path or URL of its manifest.json."""
+    weight: float = Field(gt=0)
+    """Its share of the sequences, over the sum of all weights."""
+
+
 class DataSection(Section):
     """What is read, and in which order."""
 
-    manifest: str
-    """Path of the manifest.json that ``titans data prepare`` wrote."""
+    manifest: str | None = None
+    """Path or URL of the manifest.json that ``titans data prepare`` wrote."""
+    mixture: list[MixturePart] = []
+    """Instead of one manifest, several: a list of {manifest, weight}."""
     sequence_length: int = Field(ge=1)
     """Tokens per training sequence; also the span that the global order permutes."""
     length_schedule: list[LengthStage] = []
     """Shorter sequences at first; a step holds the same number of tokens throughout."""
     seed: int = Field(default=0, ge=0)
     """Seed of the global order."""
-    validation_fraction: float = Field(default=0.01, ge=0, lt=1)
-    """Share of the tokens, the last of the prepared stream, that is never trained on."""
+    validation_fraction: float | None = Field(default=None, ge=0, lt=1)
+    """Share of the tokens, the last, never trained on; null: 0.01, or 0 with held-out shards."""
+    workers: int = Field(default=1, ge=0)
+    """Threads that read coming batches; 0 reads within the step. Batches are the same."""
+    check: bool = True
+    """Compare every block read with its checksum."""
+    cache: str | None = None
+    """Directory for what is read of URLs, shared by a node's ranks; null: one in TMPDIR."""
+    cache_bytes: int = Field(default=2**36, ge=2**20)
+    """Most that the cache holds."""
+
+    @property
+    def parts(self) -> list[tuple[str, float]]:
+        """The manifests that are read, with their weights."""
+        if self.manifest is not None:
+            return [(self.manifest, 1.0)]
+        return [(part.manifest, part.weight) for part in self.mixture]
 
 
 class MeshSection(Section):
@@ -356,8 +382,15 @@ def _override(raw: dict[str, Any], text: str, lines: dict[tuple[str, ...], str])
 def _make_absolute(raw: Mapping[str, Any]) -> None:
     """A run finds its data from any working directory."""
     data = raw.get("data")
-    if isinstance(data, dict) and isinstance(data.get("manifest"), str):
-        data["manifest"] = str(Path(data["manifest"]).absolute())
+    if not isinstance(data, dict):
+        return
+    mixture = data.get("mixture")
+    parts = mixture if isinstance(mixture, list) else []
+    named = [(part, "manifest") for part in (data, *parts) if isinstance(part, dict)]
+    for holder, key in (*named, (data, "cache")):
+        place = holder.get(key)
+        if isinstance(place, str) and "://" not in place:
+            holder[key] = str(Path(place).absolute())
 
 
 def _explain(error: ValidationError, where: _Where) -> NoReturn:
@@ -381,6 +414,7 @@ def _keys_of(section: tuple[str, ...]) -> list[str]:
     }
     if not section:
         return list(RunConfig.model_fields)
-    if section[:2] == ("data", "length_schedule"):
-        return list(LengthStage.model_fields)
+    items: dict[str, type[BaseModel]] = {"length_schedule": LengthStage, "mixture": MixturePart}
+    if section[0] == "data" and len(section) > 1:
+        return list(items[section[1]].model_fields)
     return list(kinds[section[0]].model_fields)

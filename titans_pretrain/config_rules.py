@@ -23,6 +23,7 @@ class Problem:
 def problems(config: "RunConfig") -> Iterator[Problem]:
     """Everything wrong between the values of a run whose values are good one by one."""
     yield from _steps(config)
+    yield from _sources(config)
     yield from _lengths(config)
     yield from _tensor(config)
     yield from _sequence(config)
@@ -78,6 +79,14 @@ def _steps(config: "RunConfig") -> Iterator[Problem]:
             f"{kept.keep_every} is no multiple of checkpoint.every {kept.every}",
             f"use {_either(_next_to(kept.keep_every, kept.every))}",
         )
+
+
+def _sources(config: "RunConfig") -> Iterator[Problem]:
+    data = config.data
+    if data.manifest is None and not data.mixture:
+        yield Problem(("data", "manifest"), "missing", "add manifest to data, or mixture")
+    if data.manifest is not None and data.mixture:
+        yield Problem(("data", "mixture"), "given beside data.manifest", "give only one of the two")
 
 
 def _lengths(config: "RunConfig") -> Iterator[Problem]:

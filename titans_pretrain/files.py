@@ -1,16 +1,20 @@
 """Files that are whole or absent: temporary name, sync, rename. No torch here."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".tmp"
+ABANDONED_SECONDS = 3600.0
 
 
 def sync_directory(path: Path) -> None:
@@ -24,18 +28,47 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file that becomes ``path`` when the block ends well, else vanishes."""
-    unique = f"{socket.gethostname()}-{os.getpid()}"
+    """Open a temporary file that becomes ``path`` when the block ends well, else vanishes.
+
+    Its name is this writer's alone, and it stays locked until it is renamed, so that
+    ``remove_abandoned`` can tell a killed writer's from one that is being written.
+    """
+    unique = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     temporary = path.with_name(f".{path.name}.{unique}{TEMPORARY_SUFFIX}")
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
+        with _locked(temporary, mode) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
         sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _locked(path: Path, mode: str) -> IO[Any]:
+    """Open a new file and lock it; begins again if someone took it for abandoned in between."""
+    while True:
+        handle = open(path, mode, encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if path.exists():
+            return handle
+        handle.close()
+
+
+def remove_abandoned(directory: Path, pattern: str) -> None:
+    """Remove the temporary files of writers that are gone, of final names that match a glob.
+
+    Locks may be a host's own, so another host's file must also have been left for an hour. Where
+    the file system has no locks nothing is removed.
+    """
+    for path in directory.glob(f".{pattern}.*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError), open(path, "rb+") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = f".{socket.gethostname()}-" in path.name
+            if ours or time.time() - os.fstat(handle.fileno()).st_mtime > ABANDONED_SECONDS:
+                path.unlink()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,51 +1,41 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import webdataset
+from made_shards import documents_of, written
 
 from data_prep import manifest as manifests
-from data_prep.tar import TarStream
 from titans_pretrain.data.shards import TokenShards
 from titans_pretrain.errors import UserError
 
 
 def from_webdataset(manifest, key):
-    """Every shard's stream as stock webdataset reads it."""
-    for shard in json.loads(manifest.read_text())["shards"]:
-        samples = webdataset.WebDataset(
-            str(manifest.parent / shard["name"]), shardshuffle=False
-        ).decode()
-        yield np.concatenate([sample[key] for sample in samples])
+    """The stream of all training shards as stock webdataset reads it."""
+    names = [shard["name"] for shard in json.loads(manifest.read_text())["shards"]]
+    urls = [str(manifest.parent / name) for name in names]
+    samples = webdataset.WebDataset(urls, shardshuffle=False).decode()
+    return np.concatenate([sample[key] for sample in samples])
+
+
+def whole(stream):
+    return stream.read(0, stream.tokens)
 
 
 def test_tokens_are_those_that_stock_webdataset_reads(manifest, shards):
-    streams = list(from_webdataset(manifest, "npy"))
-    assert len(streams) == len(shards.lengths) > 2
-    for index, (stream, length) in enumerate(zip(streams, shards.lengths, strict=True)):
-        assert np.array_equal(shards.read(index, 0, length), stream)
-        assert stream[-1] == shards.eos_id
-    assert sum(map(len, streams)) == shards.tokens
+    stream = from_webdataset(manifest, "npy")
+    assert len(shards.training.shards) > 2
+    assert np.array_equal(whole(shards.training), stream)
+    assert stream[-1] == shards.eos_id
 
 
 def test_masks_are_those_that_stock_webdataset_reads(masked_manifest):
-    shards = TokenShards.open(masked_manifest)
-    for index, stream in enumerate(from_webdataset(masked_manifest, "mask.npy")):
-        assert np.array_equal(shards.read_mask(index, 0, len(stream)), stream.astype(bool))
-
-
-@pytest.mark.parametrize(("start", "count"), [(0, 1), (499, 2), (250, 1700), (500, 500), (7, 0)])
-def test_a_span_crosses_members(shards, start, count):
-    whole = shards.read(1, 0, shards.lengths[1])
-    assert np.array_equal(shards.read(1, start, count), whole[start : start + count])
-
-
-def test_a_span_beyond_the_stream_is_refused(shards):
-    with pytest.raises(IndexError):
-        shards.read(0, shards.lengths[0] - 1, 2)
-    with pytest.raises(IndexError):
-        shards.read(0, -1, 2)
+    training = TokenShards.open(masked_manifest).training
+    masks = from_webdataset(masked_manifest, "mask.npy")
+    assert np.array_equal(training.read_mask(0, training.tokens), masks.astype(bool))
+    assert 0 < masks.mean() < 1
 
 
 def test_what_the_trainer_needs_to_know(shards, model, manifest):
@@ -54,85 +44,162 @@ def test_what_the_trainer_needs_to_know(shards, model, manifest):
     assert shards.fingerprint == json.loads(manifest.read_text())["fingerprint"]
 
 
+def test_all_missing_files_are_named_at_once(made, tmp_path):
+    path = shutil.copytree(made.parent, tmp_path / "copy") / "manifest.json"
+    gone = ("00000-00001.tar", "held-out-00000-00000.tar", "00000-00002.index.npy")
+    for name in gone:
+        (path.parent / name).unlink()
+    with pytest.raises(UserError, match="are missing") as caught:
+        TokenShards.open(path)
+    assert all(name in caught.value.what for name in gone)
+    assert caught.value.fix == manifests.redo(path.parent, 0)
+
+
 def test_a_missing_tar_is_named_with_the_command_that_redoes_it(own_manifest):
     (own_manifest.parent / "00000-00001.tar").unlink()
     with pytest.raises(UserError, match=r"00000-00001.tar is missing") as caught:
         TokenShards.open(own_manifest)
-    assert "titans data prepare --input" in caught.value.fix
-    assert str(own_manifest.parent) in caught.value.fix
+    assert f"titans data prepare --output {own_manifest.parent}" in caught.value.fix
 
 
-def test_a_truncated_tar_is_named_before_the_first_read(own_manifest):
-    os.truncate(own_manifest.parent / "00000-00002.tar", 4096)
-    with pytest.raises(UserError, match=r"00000-00002.tar has 4096 bytes instead of"):
-        TokenShards.open(own_manifest)
+def test_indices_are_not_needed_where_nothing_is_checked(made, tmp_path):
+    path = shutil.copytree(made.parent, tmp_path / "copy") / "manifest.json"
+    (path.parent / "00000-00002.index.npy").unlink()
+    assert TokenShards.open(path, check=False).training.tokens == 12_345
 
 
-def test_another_tokenizer_is_refused(own_manifest):
-    (own_manifest.parent / "tokenizer.model").write_bytes(b"other")
-    with pytest.raises(UserError, match="tokenizer is missing or not the one"):
-        TokenShards.open(own_manifest)
+def test_damage_in_several_tasks_points_to_verify(tmp_path):
+    path = written(tmp_path, [documents_of(100), documents_of(100)])
+    content = json.loads(path.read_text())
+    content["shards"][1]["task"] = 1
+    path.write_text(json.dumps(content | {"fingerprint": manifests.fingerprint(content)}))
+    for shard in content["shards"]:
+        (tmp_path / shard["name"]).unlink()
+    with pytest.raises(UserError, match=r"00000-00000.tar, 00000-00001.tar are missing") as caught:
+        TokenShards.open(path)
+    assert f"titans data verify {tmp_path}" in caught.value.fix
 
 
-def test_a_directory_or_a_missing_manifest_is_refused(own_manifest, tmp_path):
+def test_a_truncated_tar_is_named_before_the_first_read(made, tmp_path):
+    path = shutil.copytree(made.parent, tmp_path / "copy") / "manifest.json"
+    os.truncate(path.parent / "00000-00002.tar", 512)
+    with pytest.raises(UserError, match=r"00000-00002.tar has 512 bytes instead of"):
+        TokenShards.open(path)
+
+
+def test_another_tokenizer_is_refused(made, tmp_path):
+    path = shutil.copytree(made.parent, tmp_path / "copy") / "manifest.json"
+    (path.parent / "tokenizer.model").write_bytes(b"other")
+    with pytest.raises(UserError, match="is not the one that the data was prepared with"):
+        TokenShards.open(path)
+    (path.parent / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match="the tokenizer is missing"):
+        TokenShards.open(path)
+
+
+def test_a_directory_or_a_missing_manifest_is_refused(made, tmp_path):
     with pytest.raises(UserError, match="a directory") as caught:
-        TokenShards.open(own_manifest.parent)
-    assert caught.value.fix == f"give {own_manifest}"
+        TokenShards.open(made.parent)
+    assert caught.value.fix == f"give {made}"
     with pytest.raises(UserError, match=r"cannot read manifest.json"):
         TokenShards.open(tmp_path / "manifest.json")
 
 
-def damage(manifest, edit):
-    """Change the first tar without changing its size."""
-    path = manifest.parent / "00000-00000.tar"
-    held = bytearray(path.read_bytes())
-    size = len(held)
-    edit(held)
-    path.write_bytes(held)
-    assert len(held) == size
-    return TokenShards.open(manifest)
+def test_a_manifest_of_an_older_format_is_refused(made, tmp_path):
+    old = tmp_path / "manifest.json"
+    old.write_text(json.dumps(json.loads(made.read_text()) | {"format": 1}))
+    with pytest.raises(UserError, match=r"has format 1, this version reads 2") as caught:
+        TokenShards.open(old)
+    assert "prepare the data with this version" in caught.value.fix
 
 
-def flip_header(held):
-    held[3] ^= 1
+def flipped(folder, name, at):
+    held = bytearray((folder / name).read_bytes())
+    held[at] ^= 1
+    (folder / name).write_bytes(held)
 
 
-def zero_header(held):
-    step = 512 + 1536  # header, 128 + 1000 bytes of array, padded
-    held[step : step + 512] = bytes(512)
+def test_a_flipped_byte_is_named_with_shard_place_and_remedy(tmp_path):
+    stream = documents_of(20_000)
+    path = written(tmp_path, [stream], member_tokens=8192)
+    at = 640 + 2 * 5000
+    flipped(tmp_path, "00000-00000.tar", at)
+    training = TokenShards.open(path).training
+    assert np.array_equal(training.read(0, 4096), stream[:4096])  # other blocks stay good
+    with pytest.raises(
+        UserError, match=r"00000-00000.tar is damaged: bytes (\d+) to (\d+)"
+    ) as caught:
+        training.read(0, 20_000)
+    words = caught.value.what.split()
+    assert int(words[4]) <= at < int(words[6])
+    assert caught.value.where == str(tmp_path / "00000-00000.tar")
+    assert caught.value.fix == manifests.redo(tmp_path, 0)
 
 
-def other_type(held):
-    held[512:640] = bytes(held[512:640]).replace(b"<u2", b"<i2")
+def test_every_flipped_bit_of_tokens_or_masks_is_noticed(tmp_path):
+    mask = np.ones(900, int)
+    path = written(tmp_path / "data", [documents_of(900)], masks=[mask], member_tokens=500)
+    tar = path.parent / "00000-00000.tar"
+    good, found = tar.read_bytes(), 0
+    for at in range(0, len(good) - 1024, 97):
+        flipped(path.parent, tar.name, at)
+        training = TokenShards.open(path).training
+        unchecked = TokenShards.open(path, check=False).training
+        try:
+            tokens, masks = whole(training), training.read_mask(0, 900)
+        except UserError:
+            found += 1
+        else:  # a header or padding: nothing that is read
+            assert np.array_equal(tokens, whole(unchecked))
+            assert masks.all()
+        tar.write_bytes(good)
+    assert found > 20
 
 
-def other_shape(held):
-    held[512:640] = bytes(held[512:640]).replace(b"(500,)", b"(501,)")
+def test_what_is_not_checked_is_read_as_it_is(tmp_path):
+    stream = documents_of(1000)
+    path = written(tmp_path, [stream])
+    flipped(tmp_path, "00000-00000.tar", 640)
+    assert whole(TokenShards.open(path, check=False).training)[0] == stream[0] ^ 1
 
 
-def drop_members(held):
-    held[2048 * 3 :] = bytes(len(held) - 2048 * 3)
+def test_a_damaged_index_is_not_blamed_on_the_tar(tmp_path):
+    path = written(tmp_path, [documents_of(1000)])
+    flipped(tmp_path, "00000-00000.index.npy", 130)
+    with pytest.raises(UserError, match=r"00000-00000.index.npy is damaged: .* sha256") as caught:
+        TokenShards.open(path).training.read(0, 1)
+    assert caught.value.fix == manifests.redo(tmp_path, 0)
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (flip_header, "damaged header"),
-        (zero_header, "zeros where a header should be"),
-        (other_type, "holds int16"),
-        (other_shape, "shape"),
-        (drop_members, "holds 1500 tokens"),
-    ],
-)
-def test_damage_that_keeps_the_size_is_found_at_first_use(own_manifest, edit, message):
-    shards = damage(own_manifest, edit)
-    with pytest.raises(UserError, match=message):
-        shards.read(0, 0, 10)
+class Flaky:
+    """A storage whose reads are damaged until something is forgotten."""
+
+    def __init__(self, storage):
+        self._storage, self.forgotten = storage, []
+
+    def read(self, name, start, stop):
+        content = self._storage.read(name, start, stop)
+        return content if self.forgotten else content ^ 1
+
+    def forget(self, name, start, stop):
+        self.forgotten.append((name, start, stop))
+        return True
+
+    def __getattr__(self, name):
+        return getattr(self._storage, name)
 
 
-def test_members_of_another_length_are_found(manifest):
-    with pytest.raises(UserError, match="holds 500 tokens"):
-        TarStream.open(manifest.parent / "00000-00000.tar", dtype="uint16", member_tokens=1000)
+def test_bytes_that_a_cache_damaged_are_fetched_again(tmp_path, monkeypatch):
+    from titans_pretrain.data import shards
+
+    made, stream = [], documents_of(5000)
+    opened = shards.open_storage
+    monkeypatch.setattr(
+        shards, "open_storage", lambda *a, **k: made.append(Flaky(opened(*a, **k))) or made[0]
+    )
+    training = TokenShards.open(written(tmp_path, [stream], member_tokens=5000)).training
+    assert np.array_equal(training.read(0, 4000), stream[:4000])
+    assert made[0].forgotten == [("00000-00000.tar", 640, 640 + 2 * 4096)]
 
 
 def test_the_fingerprint_covers_the_content(manifest, own_manifest, masked_manifest):
@@ -140,11 +207,3 @@ def test_the_fingerprint_covers_the_content(manifest, own_manifest, masked_manif
         manifests.load(path)["fingerprint"] for path in (manifest, own_manifest, masked_manifest)
     )
     assert same == other != different
-
-
-def test_a_tar_without_the_masks_that_the_manifest_tells_is_refused(own_manifest):
-    content = json.loads(own_manifest.read_text()) | {"masks": True}
-    content["fingerprint"] = manifests.fingerprint(content)
-    own_manifest.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="and no masks; the manifest tells"):
-        TokenShards.open(own_manifest).read(0, 0, 1)

@@ -1,8 +1,9 @@
 import pytest
 from made_up import rows, sentences, write_jsonl
 
-from data_prep import inputs, shard, tokenizer
-from data_prep.manifest import Settings
+from data_prep import inputs, plan, tokenizer
+from data_prep.settings import Settings
+from data_prep.task import prepare as prepare_task
 
 
 @pytest.fixture(scope="session")
@@ -21,22 +22,32 @@ def corpus(tmp_path):
 
 
 @pytest.fixture
-def prepare(model, tmp_path):
-    """Prepares a pattern into a directory, many small shards and members."""
+def freeze(model, tmp_path):
+    """Freezes the plan of a pattern in a directory: many small shards and members."""
 
-    def run(pattern, name="out", *, task=0, tasks=1, tokenizer=model, **settings):
+    def run(pattern, name="out", *, tasks=1, tokenizer=model, drop_duplicates=False, **settings):
         settings = {"shard_bytes": 40_000, "member_tokens": 1024} | settings
         output = tmp_path / name
-        command = ["--input", str(pattern)]
-        done = shard.prepare(
+        plan.freeze(
             inputs.find([str(pattern)]),
             tokenizer,
             output,
             Settings(**settings),
-            task=task,
-            tasks=tasks,
-            command=command,
+            tasks,
+            ["--input", str(pattern)],
+            drop_duplicates=drop_duplicates,
         )
-        return output, done
+        return output
+
+    return run
+
+
+@pytest.fixture
+def prepare(freeze):
+    """Freezes a plan and does one task of it: the output and, from the last, the manifest."""
+
+    def run(pattern, name="out", *, task=0, workers=None, encoder="sentencepiece", **options):
+        output = freeze(pattern, name, **options)
+        return output, prepare_task(output, task, workers=workers, encoder=encoder)
 
     return run

@@ -1,11 +1,13 @@
+"""Which files are found, by path, URL or dataset, and by what they are known."""
+
 import os
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import fsspec
 import pytest
 from made_up import rows, write_jsonl
+from read_sources import write
 
-from data_prep import inputs, sources
+from data_prep import inputs, retry, sources
 from data_prep.sources import Columns, Reader
 from titans_pretrain.errors import UserError
 
@@ -30,51 +32,38 @@ def test_the_order_does_not_depend_on_the_spelling(here):
         assert [item.name for item in inputs.find(patterns)] == ["0.jsonl", "1.jsonl"]
 
 
-def test_a_dataset_that_lists_a_file_twice_is_refused(here):
-    (here / "raw/README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n"
-        "    path: [0.jsonl, '*.jsonl']\n---\n"
-    )
-    with pytest.raises(UserError, match=r"two inputs have the name '0.jsonl'"):
-        inputs.find_dataset(str(here / "raw"), config=None, split="train", revision=None)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.arrow", "a.parquet"])
+def test_an_edited_input_of_equal_size_has_another_checksum(here, name):
+    path, found = here / name, []
+    for text in ("mend", "bend", "mend"):
+        # Of parquet neither sizes nor extremes of the column tell the texts apart.
+        write(path, [{"text": "aaaa"}, {"text": text}, {"text": "zzzz"}])
+        (item,) = inputs.find([name])
+        found.append((item, inputs.sha256(item)))
+    assert found[0] == found[2]
+    assert found[0][0].size == found[1][0].size
+    assert found[0][1] != found[1][1]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet"])
-def test_an_edited_input_of_equal_size_is_another_plan_and_named(prepare, here, name):
-    path = here / name
-
-    def write(text):
-        if path.suffix == ".parquet":
-            # Neither sizes nor extremes of the column tell the two texts apart.
-            table = pa.table({"text": ["aaaa", text, "zzzz"]})
-            pq.write_table(table, path, compression="none", use_dictionary=False)
-        else:
-            path.write_text(f'{{"text": "{text}"}}\n')
-
-    write("mend")
-    size = path.stat().st_size
-    prepare(path)
-    write("bend")
-    assert path.stat().st_size == size
-    with pytest.raises(UserError, match=rf"its input {name} has other content now"):
-        prepare(path)
-
-
-def test_of_a_large_parquet_file_the_footer_is_compared(prepare, here, monkeypatch):
+def test_of_a_large_parquet_file_the_footer_is_what_the_checksum_covers(here, monkeypatch):
     monkeypatch.setattr(inputs, "WHOLE_BYTES", 0)
-    for text, other in (("zebra", False), ("yacht", True)):
-        pq.write_table(pa.table({"text": ["a memory", text]}), here / "a.parquet")
-        if other:
-            with pytest.raises(UserError, match=r"its input a.parquet has other content now"):
-                prepare(here / "a.parquet")
-        else:
-            prepare(here / "a.parquet")
+    found = []
+    for text in ("zebra", "yacht"):
+        write(here / "a.parquet", [{"text": "a memory"}, {"text": text}])
+        (item,) = inputs.find(["a.parquet"])
+        found.append(inputs.sha256(item))
+    assert found[0] != found[1]
     held = bytearray((here / "a.parquet").read_bytes())
-    (item,) = inputs.find(["a.parquet"])
-    before = inputs.sha256(item)
     held[5] ^= 1
     (here / "a.parquet").write_bytes(held)
-    assert inputs.sha256(item) == before
+    assert inputs.sha256(item) == found[1]
+
+
+def test_a_remote_file_has_no_checksum():
+    with fsspec.open("memory://sums/a.jsonl", "w") as handle:
+        handle.write("{}")
+    (item,) = inputs.find(["memory://sums/a.jsonl"])
+    assert inputs.sha256(item) is None
 
 
 def test_an_unreadable_input_is_named(here, monkeypatch):
@@ -85,8 +74,7 @@ def test_an_unreadable_input_is_named(here, monkeypatch):
     monkeypatch.setattr(inputs, "sha256_file", refuse)
     with pytest.raises(UserError, match=r"raw/0.jsonl.*Permission denied") as caught:
         inputs.sha256(item)
-    assert caught.value.where == "raw/0.jsonl"
-    monkeypatch.setattr(inputs.os.path, "getsize", refuse)
+    assert caught.value.where == f"{here}/raw/0.jsonl"
     monkeypatch.setattr(os, "stat", refuse)
     with pytest.raises(UserError, match="Permission denied") as caught:
         inputs.find(["raw/0.jsonl"])
@@ -103,15 +91,18 @@ class Far:
     def unstrip_protocol(self, path):
         return f"far://{path}"
 
-    def glob(self, path):
-        return [path]
+    def invalidate_cache(self):
+        pass
 
-    def size(self, path):
+    def info(self, path):
         if self.fail:
             raise self.fail
-        return self._size
+        return {"name": path, "size": self._size, "type": "file"}
 
-    def open(self, path, mode):
+    def size(self, path):
+        return self.info(path)["size"]
+
+    def open(self, path, mode, **kwargs):
         raise self.fail
 
 
@@ -122,6 +113,7 @@ class NoCredentials(Exception):
 @pytest.fixture
 def far(monkeypatch):
     system = Far()
+    monkeypatch.setattr(retry.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(
         inputs.fsspec.core, "url_to_fs", lambda url: (system, url.removeprefix("far://"))
     )
@@ -168,3 +160,56 @@ def test_an_unknown_kind_of_url_is_refused(pattern):
     with pytest.raises(UserError, match="Protocol not known: foo") as caught:
         inputs.find([pattern])
     assert caught.value.where == "--input"
+
+
+def test_a_url_that_names_nothing_is_refused():
+    for pattern in ("memory://none/a.jsonl", "memory://none/*.jsonl"):
+        with pytest.raises(UserError, match="no file matches"):
+            inputs.find([pattern])
+
+
+def test_a_size_that_a_listing_tells_is_not_asked_for(monkeypatch):
+    with fsspec.open("memory://sizes/a.jsonl", "w") as handle:
+        handle.write("x" * 70)
+    monkeypatch.setattr(inputs, "_size", None)
+    assert [item.size for item in inputs.find(["memory://sizes/*.jsonl"])] == [70]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("none/*.jsonl", "no file matches"), ("", "is a directory"), ("a.csv", "unknown kind")],
+)
+def test_bad_patterns_are_refused(tmp_path, pattern, message):
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(UserError, match=message):
+        inputs.find([str(tmp_path / pattern)])
+
+
+def test_names_do_not_depend_on_where_the_files_lie(tmp_path):
+    for place in ("here", "there"):
+        for folder in ("x", "y"):
+            (tmp_path / place / folder).mkdir(parents=True)
+            write_jsonl(tmp_path / place / folder / "a.jsonl", rows(2))
+    here, there = (inputs.find([f"{tmp_path}/{place}/**/*.jsonl"]) for place in ("here", "there"))
+    assert (
+        [item.name for item in here] == [item.name for item in there] == ["x/a.jsonl", "y/a.jsonl"]
+    )
+
+
+def test_a_link_keeps_its_name(tmp_path):
+    write_jsonl(tmp_path / "5e3f", rows(2))
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "5e3f")
+    assert [item.name for item in inputs.find([f"{tmp_path}/*.jsonl"])] == ["a.jsonl"]
+
+
+def test_a_place_means_the_same_from_any_directory(here, monkeypatch):
+    (item,) = inputs.find(["raw/0.jsonl"])
+    monkeypatch.chdir("/")
+    assert sources.layout(item).units == 1
+
+
+def test_a_files_name_that_is_no_utf8_is_refused(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/b\xe4d.txt", "w") as handle:
+        handle.write("text")
+    with pytest.raises(UserError, match="file's name is no UTF-8"):
+        inputs.find([f"{tmp_path}/*.txt"])

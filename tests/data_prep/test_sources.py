@@ -1,165 +1,135 @@
-import contextlib
-import gzip
-import io
-import json
-import os
+"""Units of every kind of file: where they begin, and what reading them gives."""
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 from made_up import rows, write_jsonl
+from read_sources import documents, texts, write, write_arrow
 
-from data_prep import inputs, sources
+from data_prep import inputs, sources, spool
 from data_prep.sources import Columns, Reader
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import UserError
+
+KINDS = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow"]
 
 
-def read_all(pattern, columns=None):
-    """Texts of all units, in input order."""
-    with Reader(columns or Columns()) as reader:
-        return [
-            row.text
-            for item in inputs.find([str(pattern)])
-            for shape in [sources.layout(item)]
-            for unit in range(shape.units)
-            for batch in reader.rows(item, shape, unit)
-            for row in batch
-        ]
-
-
-def write(path, values):
-    plain = "".join(json.dumps(row) + "\n" for row in values).encode()
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(values), path, row_group_size=700)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(plain[:5000]) + gzip.compress(plain[5000:]))
-    elif path.suffix == ".zst":
-        packer = zstandard.ZstdCompressor()
-        path.write_bytes(packer.compress(plain[:5000]) + packer.compress(plain[5000:]))
-    else:
-        path.write_bytes(plain)
-    return path
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", KINDS)
 def test_every_format_gives_the_same_rows_in_units(tmp_path, name):
     values = rows(2100)
     path = write(tmp_path / name, values)
-    assert read_all(path) == [row["text"] for row in values]
+    assert texts(path) == [row["text"] for row in values]
     (item,) = inputs.find([str(path)])
     assert sources.layout(item).units == 3
 
 
-@pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001])
-def test_jsonl_is_cut_every_1000_lines(tmp_path, count):
-    path = write_jsonl(tmp_path / "a.jsonl", rows(count))
+@pytest.mark.parametrize("block", [1, 100, 10**6])
+@pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001, 2000])
+def test_jsonl_is_cut_every_1000_lines(tmp_path, monkeypatch, count, block):
+    monkeypatch.setattr(spool, "BLOCK", block)
+    path = write_jsonl(tmp_path / "a.jsonl", ({"text": str(index)} for index in range(count)))
     (item,) = inputs.find([str(path)])
-    assert sources.layout(item).units == -(-count // 1000)
-    assert len(read_all(path)) == count
+    shape = sources.layout(item)
+    assert shape.units == -(-count // 1000)
+    ends = [index for index, byte in enumerate(path.read_bytes(), 1) if byte == 10]
+    assert list(shape.starts) == [0, *ends[999::1000]][: shape.units]
+    assert len(texts(path)) == count
+
+
+def test_the_last_line_may_lack_its_end(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", rows(1001))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert texts(path) == [row["text"] for row in rows(1001)]
+
+
+@pytest.mark.parametrize("writer", [pa.ipc.new_stream, pa.ipc.new_file])
+def test_an_arrow_file_or_stream_is_read_by_record_batch(tmp_path, writer):
+    path = write_arrow(tmp_path / "a.arrow", rows(2500), 1200, writer)
+    (item,) = inputs.find([str(path)])
+    shape = sources.layout(item)
+    assert shape.units == 3
+    with Reader(Columns()) as reader:
+        lengths = [[len(batch) for batch in reader.rows(item, shape, unit)] for unit in range(3)]
+        last = [row.id for batch in reader.rows(item, shape, 2) for row in batch]
+    assert lengths == [[1000, 200], [1000, 200], [100]]
+    assert last == [row["id"] for row in rows(2500)[2400:]]
+
+
+def test_what_the_datasets_library_saves_is_read(tmp_path):
+    import datasets
+
+    made = datasets.Dataset.from_list(rows(30))
+    made.save_to_disk(str(tmp_path / "set"), num_shards=2)
+    assert texts(tmp_path / "set/*.arrow") == [row["text"] for row in rows(30)]
+
+
+@pytest.mark.parametrize("cut", ["end", "batch", "inside"])
+def test_a_cut_arrow_stream_is_named(tmp_path, cut):
+    path = write_arrow(tmp_path / "a.arrow", rows(900), 300)
+    (item,) = inputs.find([str(path)])
+    starts = sources.layout(item).starts
+    content = path.read_bytes()
+    ends = {"end": len(content) - 8, "batch": starts[2], "inside": starts[2] + 500}
+    path.write_bytes(content[: ends[cut]])
+    with pytest.raises(UserError, match="it was cut") as caught:
+        texts(path)
+    assert caught.value.where == str(path)
+
+
+def test_an_arrow_stream_whose_batches_need_dictionaries_is_refused(tmp_path):
+    column = pa.array(["a", "b"]).dictionary_encode()
+    path, table = tmp_path / "a.arrow", pa.table({"text": column})
+    with pa.OSFile(str(path), "wb") as handle, pa.ipc.new_stream(handle, table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(UserError, match="dictionary") as caught:
+        texts(path)
+    assert "parquet" in caught.value.fix
+
+
+def test_an_empty_record_batch_is_a_unit_without_rows(tmp_path):
+    path = tmp_path / "a.arrow"
+    schema = pa.schema({"text": pa.string()})
+    with pa.OSFile(str(path), "wb") as handle, pa.ipc.new_stream(handle, schema) as stream:
+        for values in ([], ["a"]):
+            stream.write_batch(pa.record_batch({"text": pa.array(values, pa.string())}))
+    assert texts(path) == ["a"]
+    assert sources.layout(inputs.find([str(path)])[0]).units == 2
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl"])
+def test_dotted_names_reach_into_structs(tmp_path, name):
+    nested = [{"doc": {"body": "text", "meta": {"key": 7, "from": "web"}}}, {"doc": {"body": "b"}}]
+    columns = Columns(text="doc.body", id="doc.meta.key", url="doc.meta.none", dump="doc.meta.from")
+    first, second = documents(write(tmp_path / name, nested), columns)
+    assert (first.text, first.id, first.url, first.dump) == ("text", "7", "", "web")
+    assert (second.text, second.id, second.dump) == ("b", "", "")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl"])
+def test_a_column_whose_own_name_has_a_dot_goes_first(tmp_path, name):
+    path = write(tmp_path / name, [{"a.b": "own", "a": {"b": "within"}}])
+    assert texts(path, Columns(text="a.b")) == ["own"]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl"])
+@pytest.mark.parametrize("column", ["doc.boody", "doc.body.x", "dok.body"])
+def test_a_missing_dotted_column_is_answered_with_the_nearest(tmp_path, name, column):
+    path = write(tmp_path / name, [{"doc": {"body": "text"}}])
+    with pytest.raises(UserError, match=rf"no column '{column}'") as caught:
+        texts(path, Columns(text=column))
+    assert caught.value.fix == "did you mean 'doc.body'?"
 
 
 def test_a_txt_file_is_one_document(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo")
-    assert read_all(tmp_path / "a.txt") == ["one\n\ntwo"]
+    (row,) = documents(tmp_path / "a.txt")
+    assert (row.text, row.id) == ("one\n\ntwo", "a.txt")
 
 
 def test_a_file_behind_a_url_is_read():
     with fsspec.open("memory://bucket/a.jsonl", "w") as handle:
         handle.write('{"text": "far"}\n')
-    assert read_all("memory://bucket/*.jsonl") == ["far"]
-
-
-def test_names_do_not_depend_on_where_the_files_lie(tmp_path):
-    for place in ("here", "there"):
-        for folder in ("x", "y"):
-            (tmp_path / place / folder).mkdir(parents=True)
-            write_jsonl(tmp_path / place / folder / "a.jsonl", rows(2))
-    here, there = (inputs.find([f"{tmp_path}/{place}/**/*.jsonl"]) for place in ("here", "there"))
-    assert (
-        [item.name for item in here] == [item.name for item in there] == ["x/a.jsonl", "y/a.jsonl"]
-    )
-
-
-def test_a_link_keeps_its_name(tmp_path):
-    write_jsonl(tmp_path / "5e3f", rows(2))
-    (tmp_path / "a.jsonl").symlink_to(tmp_path / "5e3f")
-    assert [item.name for item in inputs.find([f"{tmp_path}/*.jsonl"])] == ["a.jsonl"]
-
-
-def test_a_hugging_face_dataset_gives_its_files(tmp_path):
-    (tmp_path / "set/data").mkdir(parents=True)
-    write(tmp_path / "set/data/train-00000.parquet", rows(900))
-    write(tmp_path / "set/data/test-00000.parquet", rows(5))
-    found = inputs.find_dataset(str(tmp_path / "set"), config=None, split="train", revision=None)
-    assert [item.name for item in found] == ["train-00000.parquet"]
-    assert sources.layout(found[0]).units == 2
-    with pytest.raises(UserError, match="no split 'tran'") as caught:
-        inputs.find_dataset(str(tmp_path / "set"), config=None, split="tran", revision=None)
-    assert "train" in caught.value.fix
-    with pytest.raises(UserError, match="cannot open the dataset"):
-        inputs.find_dataset(str(tmp_path / "none"), config=None, split="train", revision=None)
-
-
-def test_a_missing_datasets_package_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match="`datasets` is not installed"):
-        inputs.find_dataset("any", config=None, split="train", revision=None)
-
-
-LINE_THREE = [
-    (b'{"text": "\xff"}', "no UTF-8"),
-    (b'{"text": "\\ud800"}', "no UTF-8"),
-    (b'{"text": "cut', "invalid JSON"),
-    (b"[1]", "no JSON object"),
-    (b'{"body": "x"}', "no column 'text'"),
-    (b'{"text": 5}', "holds int"),
-    (b'{"text": "a", "id": "\\ud800"}', "column 'id' is no UTF-8"),
-    (b'{"text": "a", "url": ["\\ud800"], "dump": "\\udfff"}', "column 'dump' is no UTF-8"),
-    (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "invalid JSON: a number of thousands of digits"),
-    (b"[" * 200_000, "invalid JSON: nested too deeply"),
-    (b'{"text": "a", "id": ' + b"[" * 200_000, "invalid JSON: nested too deeply"),
-]
-
-
-@pytest.mark.parametrize(("line", "message"), LINE_THREE)
-def test_a_bad_line_is_named(tmp_path, line, message):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "a"}\n{"text": "b"}\n' + line + b"\n")
-    with pytest.raises(UserError, match=message) as caught:
-        read_all(path)
-    assert caught.value.where == f"{path}:3"
-
-
-def test_an_identifier_nested_to_any_depth_is_text_or_an_error(tmp_path):
-    for depth in (3, 800, *range(900, 1000)):
-        path = tmp_path / "a.jsonl"
-        path.write_text(f'{{"text": "a", "id": {"[" * depth}{"]" * depth}}}\n')
-        (item,) = inputs.find([str(path)])
-        with Reader(Columns()) as reader, contextlib.suppress(UserError):
-            ((row,),) = reader.rows(item, sources.layout(item), 0)
-            assert row.id == "[" * depth + "]" * depth
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"), [(0, "0"), (False, "False"), (0.0, "0.0"), ("", ""), (None, ""), (17, "17")]
-)
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_an_identifier_of_any_type_is_kept_as_text(tmp_path, name, given, kept):
-    path = write(tmp_path / name, [{"text": "a", "id": given}])
-    (item,) = inputs.find([str(path)])
-    with Reader(Columns()) as reader:
-        ((row,),) = reader.rows(item, sources.layout(item), 0)
-    assert row.id == kept
-
-
-def test_a_txt_files_name_that_is_no_utf8_is_refused(tmp_path):
-    path = os.fsencode(tmp_path) + b"/b\xe4d.txt"
-    with open(path, "w") as handle:
-        handle.write("text")
-    with pytest.raises(UserError, match="file's name is no UTF-8"):
-        read_all(tmp_path / "*.txt")
+    assert texts("memory://bucket/*.jsonl") == ["far"]
 
 
 def test_a_bad_line_is_counted_over_units(tmp_path):
@@ -167,56 +137,17 @@ def test_a_bad_line_is_counted_over_units(tmp_path):
     with open(path, "ab") as handle:
         handle.write(b"{")
     with pytest.raises(UserError) as caught:
-        read_all(path)
+        texts(path)
     assert caught.value.where == f"{path}:1201"
 
 
-def test_a_txt_file_that_is_no_utf8_is_named_with_its_line(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"fine\nb\xe4d")
-    with pytest.raises(UserError, match="no UTF-8") as caught:
-        read_all(tmp_path / "a.txt")
-    assert caught.value.where == f"{tmp_path}/a.txt:2"
-
-
-def test_parquet_text_that_is_no_utf8_is_named_with_its_row(tmp_path):
-    bad = pa.array([b"fine", b"b\xe4d"], pa.binary()).view(pa.string())
-    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="no UTF-8") as caught:
-        read_all(tmp_path / "a.parquet")
-    assert caught.value.where.endswith("row 1 of row group 0")
-
-
-def test_a_missing_column_is_answered_with_the_nearest(tmp_path):
-    path = write(tmp_path / "a.parquet", rows(3))
-    with pytest.raises(UserError, match="no column 'txt'") as caught:
-        read_all(path, Columns(text="txt"))
-    assert caught.value.fix == "did you mean 'text'?"
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
 def test_a_cut_file_is_named(tmp_path, name):
     path = write(tmp_path / name, rows(2100))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="cannot read the input") as caught:
-        read_all(path)
+        texts(path)
     assert caught.value.where == str(path)
-
-
-def test_a_score_that_is_no_number_is_refused(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "score": "high"}])
-    assert read_all(path) == ["a"]
-    with pytest.raises(UserError, match="no number"):
-        read_all(path, Columns(needed=("score",)))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [("none/*.jsonl", "no file matches"), ("", "is a directory"), ("a.csv", "unknown kind")],
-)
-def test_bad_patterns_are_refused(tmp_path, pattern, message):
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(UserError, match=message):
-        inputs.find([str(tmp_path / pattern)])
 
 
 def test_few_files_stay_open(tmp_path):
@@ -229,34 +160,9 @@ def test_few_files_stay_open(tmp_path):
         assert len(reader._open) == sources.OPEN_FILES
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_few_unpacked_files_are_kept_and_more_are_told_once(tmp_path, monkeypatch, capsys, suffix):
-    monkeypatch.setattr(sources, "UNPACKED_FILES", 3)
-    paths = [write(tmp_path / f"{index}.jsonl{suffix}", rows(2, index)) for index in range(5)]
-    items = inputs.find(list(map(str, paths)))
-    shapes = [sources.layout(item) for item in items]
-    made, real = [], sources._unpack
-    monkeypatch.setattr(sources, "_unpack", lambda item: made.append(item) or real(item))
-    before = len(os.listdir("/proc/self/fd"))
-    with Reader(Columns()) as reader:
-        for index in (0, 1, 2, 0, 3, 0):
-            list(reader.rows(items[index], shapes[index], 0))
-        assert [unpacked.name for unpacked in made] == [items[i].name for i in range(4)]
-        for index in (4, 1, 2):
-            (batch,) = reader.rows(items[index], shapes[index], 0)
-            assert [row.text for row in batch] == [row["text"] for row in rows(2, index)]
-            assert len(os.listdir("/proc/self/fd")) - before <= 3
-    assert len(os.listdir("/proc/self/fd")) == before
-    assert capsys.readouterr().err.count("over 3 compressed inputs") == 1
-
-
-def test_a_full_tmpdir_is_named(tmp_path, monkeypatch):
-    class Full(io.BytesIO):
-        def write(self, block):
-            raise OSError(28, "No space left on device")
-
-    path = write(tmp_path / "a.jsonl.gz", rows(10))
-    monkeypatch.setattr(sources.tempfile, "TemporaryFile", Full)
-    with pytest.raises(TitansError, match=r"cannot unpack .*No space left") as caught:
-        read_all(path)
-    assert "TMPDIR" in caught.value.fix
+def test_zst_files_with_long_windows_are_read(tmp_path):
+    settings = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    content = b'{"text": "a"}\n'
+    (tmp_path / "a.jsonl.zst").write_bytes(packer.compress(content) + packer.flush())
+    assert texts(tmp_path / "a.jsonl.zst") == ["a"]

@@ -2,9 +2,20 @@ import io
 import tarfile
 
 import numpy as np
+import xxhash
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from data_prep.tar import TarStream, TarWriter, walk
+from data_prep.tar import (
+    BLOCK_TOKENS,
+    MASK_SUFFIX,
+    BlockSums,
+    TarStream,
+    TarWriter,
+    data_offset,
+    walk,
+)
 from titans_pretrain.errors import UserError
 
 STREAM = np.arange(250, dtype=np.uint16)
@@ -75,9 +86,15 @@ def test_a_member_that_is_no_array_is_refused(tmp_path, content):
 
 
 def test_an_array_of_two_dimensions_is_refused(tmp_path):
-    path = write(tmp_path / "a.tar", [("0.npy", np.zeros((2, 3), np.uint16))])
+    content = io.BytesIO()
+    np.save(content, np.zeros((2, 3), np.uint16))
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("0.npy")
+        info.size = content.tell()
+        content.seek(0)
+        archive.addfile(info, content)
     with pytest.raises(UserError, match=r"shape \(2, 3\)"):
-        list(walk(path))
+        list(walk(tmp_path / "a.tar"))
 
 
 @pytest.mark.parametrize(
@@ -92,3 +109,50 @@ def test_masks_of_other_tokens_are_refused(tmp_path, mask):
     path = write(tmp_path / "a.tar", [("0.npy", STREAM), mask])
     with pytest.raises(UserError, match="masks do not match"):
         TarStream.open(path, dtype="uint16", member_tokens=250)
+
+
+def reference(members):
+    """The same archive as the standard library and numpy write it."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, array in members:
+            content = io.BytesIO()
+            np.lib.format.write_array(content, array, version=(1, 0))
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = content.tell(), 0o644
+            content.seek(0)
+            archive.addfile(info, content)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+@pytest.mark.parametrize("length", [1, 192, 5000])
+def test_the_bytes_are_those_of_tarfile_and_numpy(tmp_path, dtype, length):
+    members = [(f"0-{i}.npy", np.arange(length).astype(dtype)) for i in range(3)]
+    assert write(tmp_path / "a.tar", members).read_bytes() == reference(members)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+@pytest.mark.parametrize("length", [1, 100, 192, 4096])
+def test_where_a_member_lies_follows_from_its_number(tmp_path, masks, dtype, length):
+    members = []
+    for index in range(4):
+        members.append((f"{index}.npy", np.zeros(length, dtype)))
+        if masks:
+            members.append((f"{index}{MASK_SUFFIX}", np.ones(length, np.uint8)))
+    path = write(tmp_path / "a.tar", members)
+    found = [member.offset for member in walk(path) if not member.name.endswith(MASK_SUFFIX)]
+    size = np.dtype(dtype).itemsize
+    assert found == [data_offset(index, length, size, masks=masks) for index in range(4)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(cuts=st.lists(st.integers(0, 3 * BLOCK_TOKENS), max_size=4))
+def test_block_sums_do_not_depend_on_how_the_stream_comes(cuts):
+    stream = np.arange(3 * BLOCK_TOKENS - 7, dtype=np.uint16)
+    sums = BlockSums()
+    for part in np.split(stream, sorted(cuts)):
+        sums.add(part)
+    blocks = [stream[at : at + BLOCK_TOKENS] for at in range(0, len(stream), BLOCK_TOKENS)]
+    assert sums.finish().tolist() == [xxhash.xxh3_64_intdigest(block.tobytes()) for block in blocks]

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import sentencepiece
 from made_up import sentences
@@ -49,6 +53,30 @@ def test_only_the_first_sample_bytes_are_read(tmp_path):
         raise AssertionError("read too far")
 
     assert tokenizer.train(text(), 300, tmp_path / "t.model", sample_bytes=2000).vocab_size == 300
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from data_prep import tokenizer
+from made_up import sentences
+texts = sentences(int(sys.argv[1]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tokenizer.train((text * 10 for text in texts), 300, Path(sys.argv[2]), sample_bytes=500_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_the_memory_of_training_grows_with_the_sample_not_with_the_input(tmp_path):
+    def grown(documents):
+        arguments = ["-c", MEASURED, str(documents), str(tmp_path / "t.model")]
+        folder = Path(__file__).parent
+        done = subprocess.run([sys.executable, *arguments], cwd=folder, stdout=subprocess.PIPE)
+        return int(done.stdout) * 1024
+
+    small, large = grown(500), grown(20_000)
+    assert small < 75 * 500_000
+    assert large - small < 4_000_000
 
 
 def test_a_vocabulary_too_large_is_refused_with_the_largest_that_fits(tmp_path):

@@ -1,10 +1,13 @@
 import json
 import os
+import shlex
 
+import numpy as np
 import pytest
-from made_up import write_jsonl
+from made_up import rows, write_jsonl
 
 from data_prep import manifest, verify
+from titans_pretrain import cli
 from titans_pretrain.errors import UserError
 from titans_pretrain.files import sha256_file
 
@@ -42,14 +45,90 @@ def test_a_whole_directory_is_good(output):
     assert verify.verify(output)["tokens"] > 0
 
 
-def test_a_flipped_byte_is_found_and_the_command_that_redoes_it_named(output, corpus, capsys):
-    tar = output / "00000-00001.tar"
-    held = bytearray(tar.read_bytes())
-    held[3000] ^= 1
-    tar.write_bytes(held)
+def flip(path, place=3000):
+    held = bytearray(path.read_bytes())
+    held[place] ^= 1
+    path.write_bytes(held)
+
+
+def test_a_flipped_byte_is_found_and_the_command_that_redoes_it_named(output, capsys):
+    flip(output / "00000-00001.tar")
     out, fix = problems(output, capsys)
-    assert out == "00000-00001.tar does not have its checksum\n"
-    assert f"titans data prepare --input '{corpus}'" in fix
+    command = f"run `titans data prepare --output {output} --task 0`"
+    assert out == f"00000-00001.tar does not have its checksum\n\nto mend it:\n  {command}\n"
+    assert fix == command
+
+
+def test_the_named_commands_redo_just_what_is_damaged(prepare, corpus, tmp_path, capsys):
+    for task in range(3):
+        output, _ = prepare(corpus, "of 3", task=task, tasks=3, held_out=0.2)
+    before = {path.name: (path.read_bytes(), path.stat().st_ino) for path in output.iterdir()}
+    damaged = ["00000-00000.tar", "held-out-00002-00000.index.npy", "00002-00000.documents.parquet"]
+    flip(output / damaged[0])
+    os.truncate(output / damaged[1], 100)
+    (output / damaged[2]).unlink()
+    out, fix = problems(output, capsys)
+    told, commands = out.split("\n\nto mend it:\n")
+    assert len(told.splitlines()) == 3
+    assert all(name in told for name in damaged)
+    assert "and 1 more" in fix
+    for command in commands.splitlines():
+        words = shlex.split(command.split("`")[1])
+        assert words[:3] == ["titans", "data", "prepare"]
+        assert cli.main(words[1:]) == 0
+    after = {path.name: (path.read_bytes(), path.stat().st_ino) for path in output.iterdir()}
+    assert {name: held for name, (held, _) in after.items()} == {
+        name: held for name, (held, _) in before.items()
+    }
+    windows = ("00000-00000", "00002-00000", "held-out-00000-00000", "held-out-00002-00000")
+    for name in before:
+        if name.endswith((".tar", ".parquet")) and not name.startswith(windows):
+            assert after[name] == before[name]
+    verify.verify(output)
+
+
+def test_before_the_merge_the_finished_tasks_are_checked(prepare, corpus, capsys):
+    output, _ = prepare(corpus, task=1, tasks=3)
+    assert verify.verify(output)["finished"] == [1]
+    flip(output / "00001-00000.tar")
+    out, fix = problems(output, capsys)
+    assert "00001-00000.tar does not have its checksum" in out
+    assert "--task 1" in fix
+
+
+def test_with_no_task_finished_there_is_nothing_to_verify(freeze, corpus):
+    output = freeze(corpus, tasks=2)
+    with pytest.raises(UserError, match="no task is finished") as caught:
+        verify.verify(output)
+    assert "--task 0" in caught.value.fix
+
+
+def test_a_copy_without_its_plan_is_verified_too(output, capsys):
+    for path in (*output.glob("task-*"), output / "plan.json"):
+        path.unlink()
+    verify.verify(output)
+    flip(output / "00000-00000.tar")
+    assert "copy it back: without plan.json" in problems(output, capsys)[1]
+
+
+def test_problems_come_in_the_shards_order_whatever_the_number_of_workers(output, capsys):
+    for path in output.glob("0*.tar"):
+        flip(path)
+    told = []
+    for workers in (1, 8):
+        with pytest.raises(UserError, match="3 problems, first: 00000-00000"):
+            verify.verify(output, workers=workers)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+
+
+def test_progress_tells_how_much_is_left(output, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "LINE_SECONDS", 0.0)
+    verify.verify(output)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert lines[-1].startswith("verified 522 KB of 522 KB")
+    assert lines[-1].endswith("ETA 00:00:00")
 
 
 def test_a_cut_and_a_missing_tar_are_found(output, capsys):
@@ -81,7 +160,7 @@ def test_an_id_beyond_the_vocabulary_is_found(output, capsys):
         held[640:642] = (60_000).to_bytes(2, "little")
 
     rewrite(output, edit)
-    assert "00000-000000000.npy: id 60000 in a vocabulary of 350" in problems(output, capsys)[0]
+    assert "00000-00000-000000.npy: id 60000 in a vocabulary of 350" in problems(output, capsys)[0]
 
 
 def test_a_missing_eos_is_found(output, capsys):
@@ -115,8 +194,8 @@ def test_a_manifest_that_was_edited_is_refused(output):
 
 def test_a_manifest_of_another_format_is_refused(output):
     path = output / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
-    with pytest.raises(UserError, match="format 2"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    with pytest.raises(UserError, match="has format 1, this version reads 2"):
         verify.verify(output)
 
 
@@ -131,7 +210,7 @@ def test_a_tar_that_the_manifest_lacks_is_found(output, capsys):
     (output / "extra.tar").write_bytes(b"")
     out, fix = problems(output, capsys)
     assert "extra.tar is not in the manifest" in out
-    assert "remove" in fix
+    assert fix == f"run `rm {output / 'extra.tar'}`"
 
 
 def test_provenance_of_other_documents_is_found(prepare, output, tmp_path, capsys):
@@ -167,41 +246,78 @@ def test_masks_against_the_manifest_are_found(output, prepare, tmp_path, capsys)
     assert "00000-00000.tar has masks, against the manifest" in problems(output, capsys)[0]
 
 
-def test_changed_provenance_is_found(output, capsys):
-    path = output / "00000-00000.documents.parquet"
-    held = bytearray(path.read_bytes())
-    held[9] ^= 1
-    path.write_bytes(held)
-    assert problems(output, capsys)[0] == f"{path.name} does not have its checksum\n"
+@pytest.mark.parametrize("ending", ["documents.parquet", "index.npy"])
+def test_a_change_beside_a_tar_is_found(output, capsys, ending):
+    path = output / f"00000-00000.{ending}"
+    flip(path, 9)
+    assert f"{path.name} does not have its checksum\n" in problems(output, capsys)[0]
+
+
+def test_block_checksums_of_another_stream_are_found(output, capsys):
+    path = output / "00000-00000.index.npy"
+    np.save(path, np.load(path) + np.uint64(1))
+    refit(
+        output, index={"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    )
+    expected = "00000-00000.index.npy does not have the checksums of the blocks of 00000-00000.tar"
+    assert expected in problems(output, capsys)[0]
+
+
+def test_a_document_without_its_bos_is_found(prepare, corpus, capsys):
+    output, _ = prepare(corpus, bos=True)
+    verify.verify(output)
+
+    def edit(held):
+        held[640:642] = (9).to_bytes(2, "little")
+
+    rewrite(output, edit)
+    out, _ = problems(output, capsys)
+    assert "00000-00000.tar has documents that do not begin with BOS" in out
+
+
+def test_a_manifest_that_is_not_what_the_tasks_wrote_is_found(output, capsys):
+    refit(output, id="other")
+    out, fix = problems(output, capsys)
+    assert "manifest.json is not what the tasks wrote" in out
+    assert fix == f"run `titans data merge --output {output}`"
+    assert cli.main(["data", "merge", "--output", str(output)]) == 0
+    verify.verify(output)
+
+
+def test_damaged_counts_of_a_task_are_found(output, capsys):
+    flip(output / "task-00000.unigrams.npy", 200)
+    out, fix = problems(output, capsys)
+    assert "task-00000.unigrams.npy does not have its checksum" in out
+    assert "--task 0" in fix
+
+
+def test_a_record_with_a_gap_is_found(output, capsys):
+    path = output / "task-00000.json"
+    entry = json.loads(path.read_text())
+    del entry["windows"][1]
+    path.write_text(json.dumps(entry))
+    assert "window 1 of task 0 leaves out units" in problems(output, capsys)[0]
+
+
+def test_a_damaged_list_of_duplicates_is_found(prepare, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", rows(30) * 2)
+    output, _ = prepare(tmp_path / "a.jsonl", drop_duplicates=True)
+    flip(output / "duplicates.npy", 130)
+    out, fix = problems(output, capsys)
+    assert "duplicates.npy does not have its checksum" in out
+    assert f"rm {output / 'plan.json'}" in fix
 
 
 def test_a_file_that_cannot_be_read_is_a_problem_among_others(output, capsys, monkeypatch):
-    real = verify.sha256_file
+    real = manifest.sha256_file
 
     def read(path):
         if path.name == "00000-00000.tar":
             raise PermissionError(13, "Permission denied")
         return real(path)
 
-    monkeypatch.setattr(verify, "sha256_file", read)
+    monkeypatch.setattr(manifest, "sha256_file", read)
     (output / "00000-00001.tar").unlink()
     out, _ = problems(output, capsys)
     assert "00000-00000.tar cannot be read: Permission denied" in out
     assert "00000-00001.tar is missing" in out
-
-
-def test_inspect_prints_counts_and_documents(output, capsys):
-    verify.inspect(output, 2)
-    out = capsys.readouterr().out
-    assert "documents         2,540 of 2,540" in out
-    assert out.count("--- 00000-00000.tar") == 2
-
-
-def test_inspect_refuses_another_tokenizer(output, tmp_path):
-    from made_up import sentences
-
-    from data_prep import tokenizer
-
-    tokenizer.train(sentences(100), 320, output / "tokenizer.model")
-    with pytest.raises(UserError, match="not the one that the data was prepared with"):
-        verify.inspect(output, 1)

@@ -131,9 +131,9 @@ def mesh_run(config, sabotage=None):
         losses.append(total / mesh.tensor / valid)
         norms.append(engine.gradient_norm())
         if not step:
-            first = [_part(shard) for shard in engine.gradients()]
+            first = [part_of(shard) for shard in engine.gradients()]
         engine.step(schedule.learning_rate(step, train))
-    last = [_part(shard) for shard in engine.shards()]
+    last = [part_of(shard) for shard in engine.shards()]
     engine.destroy()
     return losses, norms, first, last
 
@@ -144,7 +144,7 @@ def mesh_runs(configs, sabotage=None):
     return [mesh_run(config, sabotage) for config in configs]
 
 
-def _part(shard):
+def part_of(shard):
     window = (shard.offsets or (0,) * len(shard.shape), shard.sizes or shard.shape)
     return shard.name, shard.shape, window, shard.start, shard.stop, shard.tensor.clone()
 

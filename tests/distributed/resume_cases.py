@@ -96,10 +96,10 @@ def train(settings, resume):
     seen = {}
     forward = trainer._engine.forward
 
-    def watched(tokens, micro_batch=0):
+    def watched(tokens, micro_batch=0, document_starts=None):
         if torch.is_grad_enabled():
             seen.setdefault(trainer._step + 1, []).append((micro_batch, tokens.clone()))
-        return forward(tokens, micro_batch)
+        return forward(tokens, micro_batch, document_starts)
 
     trainer._engine.forward = watched
     trainer.run()

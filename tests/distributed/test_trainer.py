@@ -182,7 +182,7 @@ def resume_on_other_data(settings):
     trainer.run()
     (path,) = Path(settings.run.directory).glob("checkpoints/step-*")
     data = open_data(settings)
-    data.shards.fingerprint = "other"
+    data.corpus.fingerprint = "other"
     with pytest.raises(TitansError, match="the data has fingerprint other, the run began with"):
         build(settings, data).restore(path)
 

@@ -113,11 +113,13 @@ def random_scalar(result: tuple[Tensor, MemoryState]) -> Tensor:
     return total
 
 
-def gradients(case: Case, result: tuple[Tensor, MemoryState]) -> dict[str, Tensor]:
-    """Gradients of ``random_scalar`` with respect to every tensor of ``case``."""
-    inputs = case.tensors()
-    found = torch.autograd.grad(random_scalar(result), list(inputs.values()))
-    return {f"gradient of {name}": g for name, g in zip(inputs, found, strict=True)}
+def gradients(
+    case: Case, result: tuple[Tensor, MemoryState], *, materialize: bool = False
+) -> dict[str, Tensor]:
+    """Gradients of ``random_scalar`` by every tensor of ``case``; zeros of unused ones if asked."""
+    inputs = list(case.tensors().values())
+    found = torch.autograd.grad(random_scalar(result), inputs, materialize_grads=materialize)
+    return {f"gradient of {name}": g for name, g in zip(case.tensors(), found, strict=True)}
 
 
 def assert_near(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], relative: float) -> None:

@@ -53,9 +53,13 @@ def make_trainer(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "build_engine", lambda *arguments: CountingEngine())
     tokenizer = tmp_path / "tokenizer.model"
     tokenizer.write_bytes(b"pieces")
-    shards = SimpleNamespace(fingerprint="f", tokenizer=tokenizer)
+    corpus = SimpleNamespace(fingerprint="f", tokenizer=tokenizer)
     batch = Batch(torch.zeros(1, TOKENS + 1, dtype=torch.int64), None)
-    loader = SimpleNamespace(batch=lambda **place: batch)
+    loader = SimpleNamespace(
+        batch=lambda **place: batch,
+        repetitions=lambda sequences: f"{sequences} sequences repeat",
+        validation_sequences=0,
+    )
     groups = SimpleNamespace(data_rank=0, tensor_rank=0, sequence_rank=0)
     directory = RunDirectory(tmp_path / "run")
     directory.create()
@@ -72,18 +76,19 @@ def make_trainer(tmp_path, monkeypatch):
             },
             source="test",
         )
+        told = []
         parallel = SimpleNamespace(mesh=Mesh(1, 1, 1), groups=groups, whereabouts=Whereabouts())
         trainer = Trainer(
             settings,
             parallel,
             torch.device("cpu"),
-            build.Data(shards, loader),
+            build.Data(corpus, loader),
             directory,
             SimpleNamespace(name=None),
-            lambda sentence: None,
+            lambda sentence: told.append(sentence),
             lambda work: trainer.works.append(work),
         )
-        trainer.works = []
+        trainer.works, trainer.told = [], told
 
         def passes(batch, valid):
             return [NAN if trainer._position // TOKENS in bad else float(valid)]
@@ -102,6 +107,12 @@ def rows(make_trainer):
 def resumed(trainer, make_trainer):
     trainer.restore(newest_good(make_trainer.directory.checkpoints)[0])
     return trainer
+
+
+def test_a_run_tells_once_what_it_repeats(make_trainer):
+    trainer = make_trainer(steps=7)
+    trainer.run()
+    assert trainer.told.count("7 sequences repeat") == 1
 
 
 def guarded(policy, limit=3, **more):

@@ -1,22 +1,29 @@
 """Batches of packed sequences whose place in the data is one integer.
 
-A span is ``sequence_length`` tokens (and the next one, as the last target) of one shard's stream.
-Position p of epoch e is span ``permute(p)`` of the training spans. Ranks, micro-batch and global
-batch may change at any step: every span still comes exactly once an epoch.
+The training shards, end to end, are one stream; a span is ``sequence_length`` tokens of it and the
+next one, as the last target. Position p of epoch e is span ``permute(p)``. Ranks, threads,
+micro-batch and global batch may change at any step: every span still comes exactly once an epoch.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from fractions import Fraction
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from titans_pretrain.config import DataSection
+from titans_pretrain.data import documents
+from titans_pretrain.data.mixture import Corpus, Slots
 from titans_pretrain.data.order import permute
 from titans_pretrain.data.shards import TokenShards
+from titans_pretrain.data.stream import Spans
 from titans_pretrain.errors import UserError
+
+VALIDATION_FRACTION = 0.01
 
 
 class Stage(Protocol):
@@ -37,44 +44,64 @@ class Batch:
 
     Attributes:
         tokens: int64 (sequences, length + 1); inputs are ``[:, :-1]``, targets ``[:, 1:]``.
-        target_mask: bool (sequences, length), False where there is no loss; None means all count.
+        target_mask: bool (sequences, length), False where there is no loss; None, on all data
+            ranks alike, means that all count.
+        document_starts: int64 (sequences, length), the first column of each input's document in
+            this row, 0 where that began before the row; None unless asked for.
     """
 
     tokens: torch.Tensor
     target_mask: torch.Tensor | None
+    document_starts: torch.Tensor | None = None
+
+
+class Place(NamedTuple):
+    """Where a sequence comes from: a span of a source, the how-manieth time that is read."""
+
+    source: int
+    epoch: int
+    span: int
 
 
 class SequenceLoader:
-    """Cuts shards into training and held-out spans and hands out batches of them.
+    """Cuts a corpus into training and held-out spans and hands out batches of them.
 
     Args:
-        shards: the data.
+        corpus: the data.
         sequence_length: tokens of a span.
         seed: of the order of training spans.
-        validation_fraction: share of the tokens, the last of the stream, that is never trained on.
+        validation_fraction: share of the tokens, the last of each source's stream, that is never
+            trained on; None takes 0.01, or 0 of a source that was prepared with held-out documents.
         length_schedule: stages of shorter sequences; each length divides ``sequence_length``.
+        document_starts: whether batches tell them.
 
     Attributes:
-        tokens_per_epoch: tokens in training spans.
+        corpus: the data.
+        validation_sequences: held-out spans.
 
     Raises:
-        UserError: sequences longer than any shard allows, or a validation share without one.
+        UserError: too few tokens for a sequence, or a validation share without one.
     """
 
     def __init__(
         self,
-        shards: TokenShards,
+        corpus: Corpus,
         *,
         sequence_length: int,
         seed: int,
-        validation_fraction: float,
+        validation_fraction: float | None,
         length_schedule: Sequence[Stage] = (),
+        document_starts: bool = False,
     ) -> None:
-        self._shards, self._length, self._seed = shards, sequence_length, seed
+        self.corpus, self._length, self._seed = corpus, sequence_length, seed
         self._schedule = sorted(length_schedule, key=lambda stage: stage.from_step)
-        self._training, self._validation = self._split(validation_fraction)
-        self._check(validation_fraction)
-        self.tokens_per_epoch = self._training.count * sequence_length
+        self._tell_starts = document_starts
+        self._slots = Slots(corpus.counts, seed=seed)
+        parts = [self._split(source, validation_fraction) for source in corpus.sources]
+        self._training = [training for training, _ in parts]
+        self._validation = [validation for _, validation in parts]
+        self._masks = any(spans.stream.masks for spans in self._training + self._validation)
+        self.validation_sequences = sum(spans.count for spans in self._validation)
 
     def length_at(self, step: int) -> int:
         """Tokens a sequence at an optimizer step, from 0."""
@@ -98,19 +125,44 @@ class SequenceLoader:
             ranks: number of data ranks.
 
         Raises:
-            UserError: ``sequences`` is no multiple of ``ranks`` or more than the data holds, or
-                ``position`` belongs to another sequence length.
+            UserError: ``sequences`` is no multiple of ``ranks`` or more than the data holds,
+                ``position`` belongs to another sequence length, or a damaged shard.
         """
-        first, misfit = divmod(position, self._length)
-        if misfit:
-            raise UserError(
-                f"position {position} is no multiple of the sequence length {self._length}",
-                where="data.sequence_length",
-                fix="resume with the sequence length that the run began with",
-            )
         self.check_step(sequences)
         own = _share(sequences, rank, ranks)
-        return self._rows(self._training, self._order(first + own), self.length_at(step))
+        sources, _, spans = self._order(self._first(position) + np.arange(sequences))
+        return self._rows(self._training, sources, spans, own, self.length_at(step))
+
+    def places(self, *, position: int, sequences: int) -> list[tuple[Place, Spans]]:
+        """Where the sequences of a global batch come from, and what they are spans of.
+
+        Args:
+            position: tokens consumed before the step.
+            sequences: global batch.
+        """
+        picked = self._order(self._first(position) + np.arange(sequences))
+        places = [Place(*row) for row in np.stack(picked, axis=1).tolist()]
+        return [(place, self._training[place.source]) for place in places]
+
+    def repeats(self, sequences: int) -> list[float]:
+        """How often each source is read in a run.
+
+        Args:
+            sequences: that the whole run takes.
+        """
+        return [
+            float(sequences * self._slots.share(source) / spans.count)
+            for source, spans in enumerate(self._training)
+        ]
+
+    def repetitions(self, sequences: int) -> str:
+        """A sentence about the sources that a run of so many sequences reads more than once.
+
+        Empty if there are none.
+        """
+        times = zip(self.corpus.sources, self.repeats(sequences), strict=True)
+        told = [f"{source.manifest} {count:.2f} times" for source, count in times if count > 1]
+        return f"the run reads its data more than once: {', '.join(told)}" if told else ""
 
     def check_step(self, sequences: int) -> None:
         """Refuse a step of more sequences than an epoch holds.
@@ -118,12 +170,16 @@ class SequenceLoader:
         Raises:
             UserError: with the most that a step can take.
         """
-        if sequences > self._training.count:
+        most = min(
+            math.floor(spans.count / self._slots.share(source))
+            for source, spans in enumerate(self._training)
+        )
+        if sequences > most:
             raise UserError(
-                f"a step takes {sequences} sequences, the data holds {self._training.count} of "
-                f"{self._length} tokens",
+                f"a step takes {sequences} sequences, the data holds {most} of "
+                f"{self._length} tokens" + " at these weights" * (len(self._training) > 1),
                 where="train.global_batch_size",
-                fix=f"use at most {self._training.count}, shorter sequences, or more data",
+                fix=f"use at most {most}, shorter sequences, or more data",
             )
 
     def validation_batches(
@@ -131,8 +187,9 @@ class SequenceLoader:
     ) -> Iterator[Batch]:
         """One data rank's rows of the held-out sequences, in fixed order, each once over all ranks.
 
-        Every rank gets equally many batches of equal size; rows beyond the last sequence repeat
-        it with a ``target_mask`` that is all False.
+        Sources take turns by their number of held-out sequences, so the first ones are a fair
+        sample. Every rank gets equally many batches of equal size; rows beyond the last sequence
+        repeat it with a ``target_mask`` that is all False.
 
         Args:
             sequences: of one batch over all ranks.
@@ -140,111 +197,170 @@ class SequenceLoader:
             rank: this data rank.
             ranks: number of data ranks.
         """
-        total = min(limit or self._validation.count, self._validation.count)
+        total = min(limit or self.validation_sequences, self.validation_sequences)
+        sources, spans = self._validation_order()
+        own = _share(sequences, rank, ranks)
         for first in range(0, total, sequences):
-            index = first + _share(sequences, rank, ranks)
-            real = index < total
-            batch = self._rows(self._validation, np.minimum(index, total - 1), self._length)
+            index = first + np.arange(sequences)
+            real = torch.from_numpy(index[own] < total)
+            index = np.minimum(index, total - 1)
+            batch = self._rows(self._validation, sources[index], spans[index], own, self._length)
             if not real.all():
-                mask = torch.ones(len(index), self._length, dtype=torch.bool)
+                mask = torch.ones(len(real), self._length, dtype=torch.bool)
                 mask = mask if batch.target_mask is None else batch.target_mask
-                batch = Batch(batch.tokens, mask & torch.from_numpy(real)[:, None])
+                batch = Batch(batch.tokens, mask & real[:, None], batch.document_starts)
             yield batch
 
-    def _split(self, validation_fraction: float) -> "tuple[_Spans, _Spans]":
-        """Training and held-out spans."""
-        lengths = np.array(self._shards.lengths, np.int64)
-        boundary = self._shards.tokens - self._held_out(validation_fraction)
-        cuts = np.clip(boundary - (np.cumsum(lengths) - lengths), 0, lengths)
-        training = _Spans(np.zeros_like(cuts), cuts, self._length)
-        return training, _Spans(cuts, lengths, self._length)
-
-    def _held_out(self, validation_fraction: float) -> int:
-        return round(self._shards.tokens * validation_fraction)
-
-    def _order(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Training spans at places of the endless order, epoch after epoch."""
-        count = self._training.count
-        epochs = index // count
-        out = np.empty_like(index)
-        for epoch in np.unique(epochs):
-            there = epochs == epoch
-            out[there] = permute(index[there] % count, count, seed=self._seed, epoch=int(epoch))
-        return out
-
-    def _rows(self, spans: "_Spans", index: NDArray[np.int64], length: int) -> Batch:
-        places = [spans.place(int(span)) for span in index]
-        tokens = self._cut(
-            [self._shards.read(*place, self._length + 1) for place in places], length
-        )
-        if not self._shards.masks:
-            return Batch(tokens, None)
-        masks = [self._shards.read_mask(*place, self._length + 1) for place in places]
-        return Batch(tokens, self._cut(masks, length)[:, 1:])
-
-    def _cut(self, spans: Sequence[NDArray[np.generic]], length: int) -> torch.Tensor:
-        """Spans (n, sequence_length + 1) as rows (n * pieces, length + 1) that share borders."""
-        return (
-            torch.from_numpy(np.stack(spans)).unfold(1, length + 1, length).reshape(-1, length + 1)
-        )
-
-    def _check(self, validation_fraction: float) -> None:
-        held_out = self._held_out(validation_fraction)
-        if not self._training.count:
+    def _first(self, position: int) -> int:
+        """The place in the endless order at which a position lies."""
+        first, misfit = divmod(position, self._length)
+        if misfit:
             raise UserError(
-                f"no shard holds a sequence of {self._length} tokens; the longest has "
-                f"{max(self._shards.lengths)}"
-                + (f", and {held_out} tokens are held out" if held_out else ""),
+                f"position {position} is no multiple of the sequence length {self._length}",
                 where="data.sequence_length",
-                fix="use shorter sequences, "
-                + ("hold out less, " if held_out else "")
-                + "or prepare the data with larger --shard-bytes",
+                fix="resume with the sequence length that the run began with",
             )
-        if validation_fraction > 0 and not self._validation.count:
+        return first
+
+    def _order(
+        self, places: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Source, epoch and span at places of the endless order, three arrays (n,)."""
+        sources, positions = self._slots.deal(places)
+        counts = np.array([spans.count for spans in self._training])[sources]
+        epochs, inside = np.divmod(positions, counts)
+        spans = np.empty_like(inside)
+        for source in np.unique(sources).tolist():
+            there, count = sources == source, self._training[source].count
+            spans[there] = permute(inside[there], count, seed=self._seed, epoch=epochs[there])
+        return sources, epochs, spans
+
+    def _validation_order(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source and span of every held-out sequence, two arrays (validation_sequences,)."""
+        counts = [spans.count for spans in self._validation]
+        sources = np.repeat(np.arange(len(counts)), counts)
+        spans = np.concatenate([np.arange(count) for count in counts])
+        turn = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
+        order = np.argsort(turn, kind="stable")
+        return sources[order], spans[order]
+
+    def _rows(
+        self,
+        parts: Sequence[Spans],
+        sources: NDArray[np.int64],
+        spans: NDArray[np.int64],
+        own: slice,
+        length: int,
+    ) -> Batch:
+        """A rank's rows of a global batch.
+
+        Args:
+            parts: the spans of each source.
+            sources: (sequences,), of the whole batch, because all ranks must agree about masks.
+            spans: (sequences,).
+            own: the rank's.
+            length: of a row.
+        """
+        last = np.array([part.count - 1 if part.padding else -1 for part in parts])
+        masked = self._masks or bool((spans == last[sources]).any())
+        sources, spans = sources[own], spans[own]
+        shape = (len(spans), self._length + 1)
+        tokens, real = np.empty(shape, np.int64), np.empty(len(spans), np.int64)
+        mask = np.ones(shape, np.bool_) if masked else None
+        for source in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == source).tolist()
+            masks = None if mask is None else [mask[row] for row in rows]
+            real[rows] = parts[source].read([tokens[row] for row in rows], masks, spans[rows])
+        starts = None
+        if self._tell_starts:
+            whole = documents.document_starts(tokens, real, self.corpus.eos_id)
+            starts = torch.from_numpy(documents.cut(whole, length))
+        target_mask = None if mask is None else _cut(mask, length)[:, 1:]
+        return Batch(_cut(tokens, length), target_mask, starts)
+
+    def _split(self, source: TokenShards, fraction: float | None) -> tuple[Spans, Spans]:
+        """The training and the held-out spans of a source."""
+        if source.held_out.tokens:
+            if fraction:
+                raise UserError(
+                    f"{fraction} would hold out training documents of data that was prepared with "
+                    f"held-out ones",
+                    where=f"data.validation_fraction: {source.place}",
+                    fix="take it out, or set it to 0",
+                )
+            training, held_out = source.training, source.held_out
+            parts = (training, 0, training.tokens), (held_out, 0, held_out.tokens)
+        else:
+            stream = source.training
+            fraction = VALIDATION_FRACTION if fraction is None else fraction
+            kept = stream.tokens - round(stream.tokens * fraction)
+            parts = (stream, 0, kept), (stream, kept, stream.tokens)
+            self._check_held_out(source, fraction)
+        made = [Spans(*part, self._length, source.eos_id) for part in parts]
+        self._check_training(source, made[0])
+        return made[0], made[1]
+
+    def _check_training(self, source: TokenShards, spans: Spans) -> None:
+        held_out = spans.stream.tokens - spans.stop
+        if spans.stop <= self._length:
             raise UserError(
-                f"a validation_fraction of {validation_fraction} holds out {held_out} tokens, no "
-                f"sequence of {self._length}",
-                where="data.validation_fraction",
-                fix=self._other_fraction(),
+                f"the data holds no sequence of {self._length} tokens: it has "
+                f"{spans.stream.tokens} to train on"
+                + f", of which {held_out} are held out"
+                * bool(held_out),
+                where=f"data.sequence_length; {source.place}",
+                fix="use shorter sequences, "
+                + "hold out less, " * bool(held_out)
+                + "or prepare more data",
             )
 
-    def _other_fraction(self) -> str:
+    def _check_held_out(self, source: TokenShards, fraction: float) -> None:
+        tokens = source.training.tokens
+        held_out = round(tokens * fraction)
+        if fraction and held_out <= self._length:
+            raise UserError(
+                f"a validation_fraction of {fraction} holds out {held_out} tokens, no "
+                f"sequence of {self._length}",
+                where=f"data.validation_fraction; {source.place}",
+                fix=self._other_fraction(tokens),
+            )
+
+    def _other_fraction(self, tokens: int) -> str:
         """The smallest fraction that holds out a sequence and leaves one, in few digits."""
-        tokens = self._length + 1
-        for length in reversed(self._shards.lengths):
-            if length > self._length:
-                break
-            tokens += length
+        least = Fraction(self._length + 1, tokens)
         for digits in range(4, 16):
-            fraction = math.ceil(tokens / self._shards.tokens * 10**digits) / 10**digits
-            if all(spans.count for spans in self._split(fraction)):
+            fraction = math.ceil(least * 10**digits) / 10**digits
+            if self._length < round(tokens * fraction) < tokens - self._length:
                 return f"use {fraction:.{digits}f}, or 0"
         return "use 0, shorter sequences, or more data"
 
 
-class _Spans:
-    """Consecutive spans in a part of each shard's stream.
+def open_loader(data: DataSection, *, document_starts: bool = False) -> SequenceLoader:
+    """Open the data that a configuration names.
 
-    Args:
-        starts: (shards,), where the part begins.
-        ends: (shards,), where it ends.
-        length: tokens of a span, its last target not counted.
+    Raises:
+        UserError: see ``TokenShards.open``, ``Corpus`` and ``SequenceLoader``.
     """
+    corpus = Corpus.open(
+        data.parts, check=data.check, cache=data.cache, cache_bytes=data.cache_bytes
+    )
+    return SequenceLoader(
+        corpus,
+        sequence_length=data.sequence_length,
+        seed=data.seed,
+        validation_fraction=data.validation_fraction,
+        length_schedule=data.length_schedule,
+        document_starts=document_starts,
+    )
 
-    def __init__(self, starts: NDArray[np.int64], ends: NDArray[np.int64], length: int) -> None:
-        self._starts, self._length = starts, length
-        self._until = np.cumsum(np.maximum(ends - starts - 1, 0) // length)
-        self.count = int(self._until[-1])
 
-    def place(self, span: int) -> tuple[int, int]:
-        """The shard and the position in its stream where a span begins."""
-        shard = int(np.searchsorted(self._until, span, side="right"))
-        before = int(self._until[shard - 1]) if shard else 0
-        return shard, int(self._starts[shard]) + (span - before) * self._length
+def _cut(spans: NDArray[np.generic], length: int) -> torch.Tensor:
+    """Spans (n, sequence_length + 1) as rows (n * pieces, length + 1) that share borders."""
+    return torch.from_numpy(spans).unfold(1, length + 1, length).reshape(-1, length + 1)
 
 
-def _share(sequences: int, rank: int, ranks: int) -> NDArray[np.int64]:
-    """The places within a global batch that a rank takes, (sequences / ranks,)."""
+def _share(sequences: int, rank: int, ranks: int) -> slice:
+    """The places within a global batch that a rank takes, sequences / ranks of them."""
     if sequences % ranks:
         raise UserError(
             f"{sequences} sequences do not divide over {ranks} data ranks",
@@ -252,4 +368,4 @@ def _share(sequences: int, rank: int, ranks: int) -> NDArray[np.int64]:
             fix=f"use a multiple of {ranks}",
         )
     each = sequences // ranks
-    return np.arange(rank * each, (rank + 1) * each, dtype=np.int64)
+    return slice(rank * each, (rank + 1) * each)

@@ -1,36 +1,42 @@
 """The global order: a keyed permutation computed on the fly, so that it needs no array.
 
-A balanced-as-possible Feistel network over the next power of two, walked along its cycles until
-the value falls inside ``range(count)``.
+A Feistel network over pairs (left, right) of about the square root each, walked along its cycles
+in the rare case that a value falls outside ``range(count)``.
 """
 
 import hashlib
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 8
+_MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
-def permute(index: NDArray[np.int64], count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
+def permute(
+    index: NDArray[np.int64], count: int, *, seed: int, epoch: int | NDArray[np.int64]
+) -> NDArray[np.int64]:
     """Where the permutation of ``range(count)`` for this seed and epoch sends each index.
 
     Args:
         index: (n,), values in ``range(count)``.
         count: size of the permuted range.
         seed: names the order.
-        epoch: each has a permutation of its own.
+        epoch: each has a permutation of its own; one for all indices, or (n,).
 
     Returns:
         (n,), values in ``range(count)``.
     """
-    bits = max(2, (count - 1).bit_length())
-    keys = _keys(seed, epoch, count)
+    epochs, of = np.unique(np.broadcast_to(epoch, index.shape), return_inverse=True)
+    keys = np.stack([_keys(seed, int(one), count) for one in epochs] or [_keys(seed, 0, count)])
     values = index.astype(np.uint64)
-    outside = np.ones(len(values), np.bool_)
-    while outside.any():
-        values[outside] = _feistel(values[outside], bits, keys)
-        outside = values >= np.uint64(count)
+    outside = np.arange(len(values))
+    while len(outside):
+        own = keys.T if len(keys) == 1 else keys[of[outside]].T
+        values[outside] = _feistel(values[outside], count, own)
+        outside = outside[values[outside] >= np.uint64(count)]
     return values.astype(np.int64)
 
 
@@ -40,23 +46,33 @@ def _keys(seed: int, epoch: int, count: int) -> NDArray[np.uint64]:
     return np.frombuffer(hashlib.blake2b(text, digest_size=8 * ROUNDS).digest(), "<u8")
 
 
-def _feistel(values: NDArray[np.uint64], bits: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """A permutation of ``range(2**bits)``: halves of unequal width swap roles every round."""
-    right_bits = bits - bits // 2
-    left_bits = bits // 2
-    left, right = values >> np.uint64(right_bits), values & _mask(right_bits)
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & _mask(left_bits))
-        left_bits, right_bits = right_bits, left_bits
-    return (left << np.uint64(right_bits)) | right
+def _feistel(
+    values: NDArray[np.uint64], count: int, keys: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """A permutation of ``range(a * b)``, a * b being little above count.
+
+    Args:
+        values: (n,).
+        count: see above.
+        keys: (rounds, n), or (rounds, 1) for all alike.
+    """
+    a = math.isqrt(count - 1) + 1
+    b = -(-count // a)
+    left, right = np.divmod(values, np.uint64(b))
+    for number, key in enumerate(keys):
+        if number % 2:
+            right = (right + _mix(left, key) % np.uint64(b)) % np.uint64(b)
+        else:
+            left = (left + _mix(right, key) % np.uint64(a)) % np.uint64(a)
+    return left * np.uint64(b) + right
 
 
-def _mask(bits: int) -> np.uint64:
-    return np.uint64((1 << bits) - 1)
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finalizer of splitmix64: every input bit reaches every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mix(values: NDArray[np.uint64], key: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64: every bit of values and key reaches every output bit."""
+    x = values ^ key
+    x ^= x >> _SHIFTS[0]
+    x *= _MULTIPLIERS[0]
+    x ^= x >> _SHIFTS[1]
+    x *= _MULTIPLIERS[1]
+    x ^= x >> _SHIFTS[2]
+    return x

@@ -1,103 +1,138 @@
-"""A prepared data set: its manifest checked, its tars memory-mapped."""
+"""A prepared data set: its manifest and files checked, its shards ready to be read."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data_prep import manifest
-from data_prep.tar import TarStream
+from data_prep import manifest as manifests
+from titans_pretrain.data.storage import Storage, open_storage
+from titans_pretrain.data.stream import Shard, Stream, TarLayout
 from titans_pretrain.errors import UserError
 from titans_pretrain.files import sha256_file
 
+NAMED = 100
+
 
 class TokenShards:
-    """The token streams of a prepared directory; open it with ``TokenShards.open``.
+    """A prepared directory, here or at a URL; open it with ``TokenShards.open``.
 
     Attributes:
+        manifest: its path or URL.
+        place: the directory or its URL.
+        storage: its files.
         fingerprint: names the data's content; equal on every machine.
         vocab_size: ids are below it.
         eos_id: ends every document.
-        tokens: in all shards.
-        masks: whether some targets are not trained on.
         tokenizer: the model's path.
-        lengths: tokens of each shard.
+        tokenizer_sha256: of the model.
+        training: the stream of the training shards.
+        held_out: the stream of the held-out ones; empty where the preparation held none out.
     """
 
-    def __init__(self, directory: Path, content: Mapping[str, Any]) -> None:
-        self._directory, self._content = directory, content
-        self._streams: dict[int, TarStream] = {}
+    def __init__(
+        self, manifest: str, storage: Storage, content: Mapping[str, Any], *, check: bool
+    ) -> None:
+        self.manifest, self.place = manifest, manifest.rpartition("/")[0] or "."
+        self.storage, self._content, self._check = storage, content, check
         self.fingerprint: str = content["fingerprint"]
         self.vocab_size: int = content["vocab_size"]
         self.eos_id: int = content["eos_id"]
-        self.tokens: int = content["tokens"]
-        self.masks: bool = content["masks"]
-        self.tokenizer: Path = directory / manifest.TOKENIZER
+        self.tokenizer_sha256: str = content["tokenizer_sha256"]
+        self._check_files()
+        self.tokenizer = self._tokenizer()
+        self.training = self._stream(content["shards"])
+        self.held_out = self._stream(content["held_out"])
 
     @classmethod
-    def open(cls, path: str | Path) -> "TokenShards":
-        """Read a ``manifest.json`` and check that every tar is there, whole by its size.
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        check: bool = True,
+        cache: str | Path | None = None,
+        cache_bytes: int = 2**36,
+    ) -> "TokenShards":
+        """Read a ``manifest.json`` and check that every shard is there, whole by its size.
 
         Args:
-            path: the manifest.
+            path: the manifest, or its URL.
+            check: compare every block read with its checksum.
+            cache: see ``open_storage``.
+            cache_bytes: see ``open_storage``.
 
         Raises:
-            UserError: no manifest, a tar that is missing or cut (named, with the command that
-                redoes it), or a tokenizer that is not the data's.
+            UserError: no manifest, shards that are missing or cut (named, with the command that
+                redoes them), or a tokenizer that is not the data's.
         """
-        path = Path(path)
-        content = manifest.load(path)
-        directory = path.parent
-        for shard in content["shards"]:
-            tar = directory / shard["name"]
-            if problem := manifest.size_problem(tar, shard["bytes"]):
-                raise UserError(
-                    problem, where=str(tar), fix=manifest.redo(directory, shard["task"])
-                )
-        tokenizer = directory / manifest.TOKENIZER
-        if not tokenizer.exists() or sha256_file(tokenizer) != content["tokenizer_sha256"]:
-            raise UserError(
-                "the tokenizer is missing or not the one that the data was prepared with",
-                where=str(tokenizer),
-                fix=f"copy back the model with sha256 {content['tokenizer_sha256']}",
-            )
-        return cls(directory, content)
-
-    @cached_property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each shard, in the manifest's order."""
-        return [shard["tokens"] for shard in self._content["shards"]]
-
-    def read(self, shard: int, start: int, count: int) -> NDArray[np.int64]:
-        """``count`` tokens of a shard's stream from position ``start``, (count,)."""
-        return self._stream(shard).read(start, count)
-
-    def read_mask(self, shard: int, start: int, count: int) -> NDArray[np.bool_]:
-        """Which of them are trained on as targets, (count,)."""
-        return self._stream(shard).read_mask(start, count)
-
-    def _stream(self, shard: int) -> TarStream:
-        """The shard, its headers walked and its counts checked at first use."""
-        if shard not in self._streams:
-            self._streams[shard] = self._open(self._content["shards"][shard])
-        return self._streams[shard]
-
-    def _open(self, shard: Mapping[str, Any]) -> TarStream:
-        path = self._directory / shard["name"]
-        stream = TarStream.open(
-            path,
-            dtype=self._content["dtype"],
-            member_tokens=self._content["settings"]["member_tokens"],
+        given = str(path).removeprefix("file://")
+        place, _, name = given.rpartition("/")
+        storage = open_storage(
+            place or ".", cache=Path(cache) if cache else None, cache_bytes=cache_bytes
         )
-        if stream.tokens != shard["tokens"] or stream.masks != self.masks:
-            raise UserError(
-                f"{path.name} holds {stream.tokens} tokens and {'' if stream.masks else 'no '}"
-                f"masks; the manifest tells {shard['tokens']} and {'' if self.masks else 'no '}"
-                "masks",
-                where=str(path),
-                fix=manifest.redo(self._directory, shard["task"]),
+        file = storage.local(name) if "://" in given else Path(given)
+        return cls(given, storage, manifests.load(file), check=check)
+
+    def redo(self, tasks: Sequence[int]) -> str:
+        """What makes damaged shards of these tasks whole."""
+        if "://" in self.place:
+            return "copy the files again from where they were prepared"
+        if len(set(tasks)) == 1:
+            return manifests.redo(Path(self.place), tasks[0])
+        return f"run `titans data verify {self.place}`, which prints the commands that redo them"
+
+    def _check_files(self) -> None:
+        """Compare the sizes of all shards with one listing."""
+        found = self.storage.sizes()
+        missing: list[str] = []
+        cut: list[str] = []
+        tasks: list[int] = []
+        for shard in (*self._content["shards"], *self._content["held_out"]):
+            for file in (shard, shard["index"]) if self._check else (shard,):
+                name, size = file["name"], found.get(file["name"])
+                if size == file["bytes"]:
+                    continue
+                tasks.append(shard["task"])
+                if size is None:
+                    missing.append(name)
+                else:
+                    cut.append(f"{name} has {size} bytes instead of {file['bytes']}")
+        if tasks:
+            told = [f"{_listed(missing)} {'is' if len(missing) == 1 else 'are'} missing"]
+            what = "; ".join(told * bool(missing) + [_listed(cut)] * bool(cut))
+            raise UserError(what, where=self.place, fix=self.redo(tasks))
+
+    def _tokenizer(self) -> Path:
+        where = f"{self.place}/{manifests.TOKENIZER}"
+        fix = f"copy back the model with sha256 {self.tokenizer_sha256}"
+        try:
+            path = self.storage.local(manifests.TOKENIZER)
+        except UserError:
+            raise UserError("the tokenizer is missing", where=where, fix=fix) from None
+        if sha256_file(path) != self.tokenizer_sha256:
+            what = "the tokenizer is not the one that the data was prepared with"
+            raise UserError(what, where=where, fix=fix)
+        return path
+
+    def _stream(self, entries: Sequence[Mapping[str, Any]]) -> Stream:
+        content = self._content
+        layout = TarLayout(
+            np.dtype(content["dtype"]), content["settings"]["member_tokens"], content["masks"]
+        )
+        return Stream([self._shard(entry, layout) for entry in entries])
+
+    def _shard(self, entry: Mapping[str, Any], layout: TarLayout) -> Shard:
+        def damaged(name: str, what: str) -> UserError:
+            return UserError(
+                f"{name} is damaged: {what}",
+                where=f"{self.place}/{name}",
+                fix=self.redo([entry["task"]]),
             )
-        return stream
+
+        return Shard(self.storage, entry, layout, check=self._check, damaged=damaged)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

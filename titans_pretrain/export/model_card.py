@@ -22,7 +22,7 @@ _KINDS = {
     "mal": f"A {_MEMORY}, memory as layer)",
     "transformer": "The Transformer++ baseline of the Titans models",
 }
-_LOCAL = {"data": {"manifest"}, "run": {"directory", "wandb_project"}}
+_LOCAL = {"data": {"manifest", "cache"}, "run": {"directory", "wandb_project"}}
 
 _TEXT = """\
 # {name}
@@ -128,6 +128,8 @@ def _last_rows(metrics: Path, step: int | None) -> dict[str, Any]:
 def _public(run: RunConfig) -> dict[str, Any]:
     """The configuration without the paths and names of the machine it ran on."""
     sections = run.model_dump()
+    for part in sections["data"]["mixture"]:
+        del part["manifest"]
     return {
         section: {key: value for key, value in keys.items() if key not in _LOCAL.get(section, ())}
         for section, keys in sections.items()

@@ -3,15 +3,20 @@
 Shapes: B batch, H heads, T time (or N slots), h head width, P persistent tokens.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .boundary import WHOLE, Boundary
 from .configuration_titans import TitansConfig
+from .documents import Bounds, Documents
 from .fields import rotated_width
 from .layers import rotate, split_heads
 from .layout import Layout, join, newest
+
+QUERY_BLOCK = 1024
 
 
 class AttentionProjections(nn.Module):
@@ -52,6 +57,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.project = AttentionProjections(config)
         self.window = window
+        self.across_documents = config.attend_across_documents
         self.boundary: Boundary = WHOLE
 
     def forward(
@@ -60,6 +66,7 @@ class WindowAttention(nn.Module):
         persistent: Tensor | None = None,
         layout: Layout | None = None,
         cached: dict[str, Tensor] | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Attend.
 
@@ -68,30 +75,40 @@ class WindowAttention(nn.Module):
             persistent: (1, P, D) tokens every row sees, or None.
             layout: the slots when decoding or padded.
             cached: ``keys`` and ``values`` (B, M, H, h) of what the rows saw last, or empty.
+            documents: of the rows, without a layout; None for one a row.
 
         Returns:
             Heads (B, H, T, h), and the cache afterwards (empty without a layout).
         """
         if layout is None:
-            return self._span(x, persistent), {}
+            return self._span(x, persistent, self._bounds(documents, x)), {}
         positions = layout.positions
         queries = self.project.queries(x, positions)
         keys, values = self.project.keys_values(x, positions)
         prefix = None if persistent is None else self.project.prefix(persistent)
         return self._continue(queries, keys, values, prefix, layout, cached or {})
 
-    def _span(self, x: Tensor, persistent: Tensor | None) -> Tensor:
+    def _bounds(self, documents: Documents | None, x: Tensor) -> Bounds | None:
+        if documents is None or self.across_documents:
+            return None
+        return documents.bounds(self.boundary, x.device)
+
+    def _span(self, x: Tensor, persistent: Tensor | None, bounds: Bounds | None) -> Tensor:
         """Sequences, or spans of them, without pads."""
         first = self.boundary.first(x.shape[1])
         positions = torch.arange(first, first + x.shape[1], device=x.device)
         queries = self.project.queries(x, positions)
         keys, values = self.project.keys_values(x, positions)
         if self.window is None:
-            return self.boundary.whole(_causal, queries, keys, values)
+            attend = _causal
+            if bounds is not None:
+                attend = functools.partial(_causal_within, self.boundary.joined(bounds.reach))
+            return self.boundary.whole(attend, queries, keys, values)
         prefix = None if persistent is None else self.project.prefix(persistent)
         own, before = self.boundary.halo(self.window - 1, (keys, values), dim=2)
         keys, values = (torch.cat(pair, 2) for pair in zip(before, own, strict=True))
-        return _blocks(queries, keys, values, prefix, self.window, None)
+        reach = None if bounds is None else bounds.reach
+        return _blocks(queries, keys, values, prefix, self.window, None, reach)
 
     def _continue(
         self,
@@ -134,6 +151,10 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
 
 
+def _causal_within(reach: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return _blocks(queries, keys, values, None, None, None, reach)
+
+
 def _blocks(
     queries: Tensor,
     keys: Tensor,
@@ -141,6 +162,7 @@ def _blocks(
     prefix: tuple[Tensor, Tensor] | None,
     window: int | None,
     known: Tensor | None,
+    reach: Tensor | None = None,
 ) -> Tensor:
     """Attention by blocks of queries, each with only the keys its window reaches.
 
@@ -150,16 +172,20 @@ def _blocks(
         prefix: keys and values (1, H, P, h) visible to all.
         window: tokens in reach, None for all.
         known: (B,) first index along M + N that holds a token, None when all do.
+        reach: (B, N), how many keys before its own a query sees at most, None for no bound.
     """
     slots, total = queries.shape[2], keys.shape[2]
     past = total - slots
-    size = slots if window is None else min(window, slots)
+    whole = slots if reach is None else QUERY_BLOCK  # of whose mask half would be empty
+    size = min(whole if window is None else window, slots)
     outputs = []
     for first in range(0, slots, max(size, 1)):
         last = min(first + size, slots)
         low = 0 if window is None else max(0, past + first - window + 1)
         high = past + last
         mask = _mask(queries, past + first, past + last, low, high, window, known)
+        if reach is not None:
+            mask = mask & _near(reach[:, first:last], past + first, low, high)
         block_keys, block_values = keys[:, :, low:high], values[:, :, low:high]
         if prefix is not None:
             block_keys, block_values, mask = _with_prefix(block_keys, block_values, mask, prefix)
@@ -193,6 +219,13 @@ def _mask(
     return seen & real
 
 
+def _near(reach: Tensor, first: int, low: int, high: int) -> Tensor:
+    """Bool (B, 1, queries, keys): which of keys [low, high) are in reach of queries from first."""
+    queries = torch.arange(first, first + reach.shape[1], device=reach.device)
+    columns = torch.arange(low, high, device=reach.device)
+    return (columns >= (queries - reach)[..., None])[:, None]
+
+
 def _with_prefix(
     keys: Tensor, values: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,6 +256,7 @@ class SegmentAttention(nn.Module):
         tokens: tuple[Tensor, Tensor],
         prefix: tuple[Tensor, Tensor] | None,
         cells: Tensor,
+        reach: Tensor | None = None,
     ) -> Tensor:
         """Attend within one segment.
 
@@ -232,13 +266,16 @@ class SegmentAttention(nn.Module):
             tokens: keys and values (B, H, c, h) of the segment's tokens.
             prefix: keys and values (1, H, P, h) of the persistent tokens, or None.
             cells: (n,) or (B, n), the cell of each query.
+            reach: (B, n), how many cells before its own a query sees at most, None for no bound.
 
         Returns:
             Heads (B, H, n, h).
         """
         reached = torch.arange(tokens[0].shape[2], device=cells.device)
         seen = reached <= cells[..., None]
-        seen = seen[:, None] if cells.dim() == 2 else seen[None, None]
+        if reach is not None:
+            seen = seen & (reached >= (cells - reach)[..., None])
+        seen = seen[:, None] if seen.dim() == 3 else seen[None, None]
         mask = torch.cat([seen, seen], -1)
         keys, values = (torch.cat(pair, 2) for pair in zip(reads, tokens, strict=True))
         if prefix is not None:

@@ -73,5 +73,9 @@ class Boundary:
         """
         return attend(queries, *others)
 
+    def joined(self, columns: Tensor) -> Tensor:
+        """(B, T) integers of this span's tokens to those of whole sequences."""
+        return columns
+
 
 WHOLE = Boundary()

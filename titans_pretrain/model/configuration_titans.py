@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .fields import TABLE, defaults, misspelt, problems, rotary_factor
+from .fields import TABLE, defaults, misspelt, problems, rotary_factor, separates_documents
 
 
 class TitansConfig(PretrainedConfig):
@@ -53,3 +53,8 @@ class TitansConfig(PretrainedConfig):
         if self.variant == "mac":
             return self.segment_length
         return 1 if self.variant == "transformer" else self.chunk_size
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether the model's function depends on where documents begin."""
+        return separates_documents(vars(self))

@@ -217,6 +217,21 @@ FIELDS: tuple[ModelField, ...] = (
         variants=WITH_MEMORY,
         doc="Gates per token, or one value a chunk, taken from the chunk's first token.",
     ),
+    ModelField(
+        name="attend_across_documents",
+        kind=bool,
+        default=True,
+        variants=WITH_ATTENTION,
+        doc="Attention reaches earlier documents of the row; off, a token's own alone.",
+    ),
+    ModelField(
+        name="remember_across_documents",
+        kind=bool,
+        default=True,
+        variants=WITH_MEMORY,
+        doc="The memory goes on from document to document; off, each begins with the memory of a "
+        "sequence's start, and a chunk of its own.",
+    ),
 )
 
 TABLE: dict[str, ModelField] = {field.name: field for field in FIELDS}
@@ -242,6 +257,12 @@ def defaults() -> dict[str, Any]:
 def unused(variant: str, names: Iterable[str]) -> list[str]:
     """Those of ``names`` that ``variant`` does not read."""
     return [name for name in names if name in TABLE and variant not in TABLE[name].variants]
+
+
+def separates_documents(values: Mapping[str, Any]) -> bool:
+    """Whether a model with these fields, all given, needs to know where documents begin."""
+    names = ("attend_across_documents", "remember_across_documents")
+    return any(not values[name] and values["variant"] in TABLE[name].variants for name in names)
 
 
 def problems(values: Mapping[str, Any]) -> list[Problem]:

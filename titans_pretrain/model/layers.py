@@ -44,9 +44,19 @@ class ShortConvolution(nn.Module):
         self.width = width
 
     def forward(
-        self, x: Tensor, history: Tensor | None = None, layout: Layout | None = None
+        self,
+        x: Tensor,
+        history: Tensor | None = None,
+        layout: Layout | None = None,
+        reach: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Convolve (B, T, D); the inputs before the first token are ``history``, and zeros.
+
+        Args:
+            x: the inputs.
+            history: those before them, newest last.
+            layout: the slots when decoding or padded.
+            reach: (B, T), how many inputs before its own an output sees at most; None for no bound.
 
         Returns:
             The outputs (B, T, D), and the last ``width - 1`` inputs (B, width - 1, D).
@@ -62,7 +72,11 @@ class ShortConvolution(nn.Module):
             joined = join(history, x, layout)
             after = newest(joined, past, layout)
         time = x.shape[1]
-        taps = [joined[:, tap : tap + time] * self.weight[:, tap] for tap in range(self.width)]
+        inputs = [joined[:, tap : tap + time] for tap in range(self.width)]
+        if reach is not None:
+            seen = ((reach >= past - tap)[..., None] for tap in range(self.width))
+            inputs = [torch.where(near, x, 0) for near, x in zip(seen, inputs, strict=True)]
+        taps = [x * self.weight[:, tap] for tap, x in enumerate(inputs)]
         return torch.stack(taps).sum(0), after
 
 

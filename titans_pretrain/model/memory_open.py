@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, choose
-from .memory import MemoryState, Rule, Tokens, chunk_step, state_dtype
+from .memory_chunk import MemoryState, Rule, Tokens, chunk_step, state_dtype
 
 
 class OpenMemory(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .memory import MemoryState
+from .memory_chunk import MemoryState, Resets
 
 Layers = tuple[Tensor, ...]
 
@@ -31,6 +31,7 @@ def memory_scan(
     activation: str = "gelu",
     residual: bool = True,
     surprise_clip: float | None = None,
+    resets: Resets | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Write every token into the memory, then read it, one token after the other.
 
@@ -46,6 +47,7 @@ def memory_scan(
         activation: "gelu" (exact) or "silu", between the layers of the memory.
         residual: M(x) = x + f(x) instead of f(x).
         surprise_clip: bound on the norm of one token's surprise per layer; None for none.
+        resets: before which tokens weights and momentum are set to which, and a chunk begins.
 
     Returns:
         What the queries read, (B, H, T, D) in the queries' dtype, and the state after the last
@@ -60,6 +62,11 @@ def memory_scan(
     for t in range(q.shape[2]):
         if t % chunk_size == 0:
             start = weights  # Eq. 16: M_{t'}, t' = t - mod(t, b)
+        if resets is not None:
+            first = resets.first[:, t].to(q.device)
+            weights = _where(first, resets.state.weights, weights)
+            past = _where(first, resets.state.momentum, past)
+            start = _where(first, resets.state.weights, start)
         surprise = _surprise(start, k[:, :, t], v[:, :, t], activation, residual)
         if surprise_clip is not None:
             surprise = tuple(_clamp(u, surprise_clip) for u in surprise)
@@ -69,6 +76,12 @@ def memory_scan(
         reads.append(_apply(weights, q[:, :, t], activation, residual))  # Eq. 15
     read = torch.stack(reads, dim=2) if reads else torch.zeros_like(q)
     return read.to(queries.dtype), MemoryState(weights, past)
+
+
+def _where(row: Tensor, yes: Layers, no: Layers) -> Layers:
+    """``yes`` in rows (B,) that are true, ``no`` in the others."""
+    row = row[:, None, None, None]
+    return tuple(torch.where(row, y.to(n.dtype), n) for y, n in zip(yes, no, strict=True))
 
 
 def _apply(weights: Layers, x: Tensor, activation: str, residual: bool) -> Tensor:
@@ -88,8 +101,10 @@ def _surprise(start: Layers, k: Tensor, v: Tensor, activation: str, residual: bo
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
+        # views: keys and values may depend on the weights as well, which is no part of Eq. 12
         at = tuple(
-            w if differentiable and w.requires_grad else w.detach().requires_grad_() for w in start
+            w.view_as(w) if differentiable and w.requires_grad else w.detach().requires_grad_()
+            for w in start
         )
         loss = (_apply(at, k, activation, residual) - v).square().sum()  # Eq. 12
         return torch.autograd.grad(loss, at, create_graph=differentiable)

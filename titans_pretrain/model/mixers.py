@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .attention import AttentionProjections, SegmentAttention, WindowAttention
 from .configuration_titans import TitansConfig
+from .documents import Bounds, Documents
 from .layers import RMSNorm, merge_heads
 from .layout import Layout, choose
-from .memory import MemoryState
+from .memory_chunk import MemoryState, Resets
 from .memory_open import scan_open
 from .neural_memory import NeuralMemory, persistent_tokens
 
@@ -44,12 +45,16 @@ class MemoryMixer(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, layout: Layout | None = None, cached: Cached | None = None
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        cached: Cached | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Cached]:
         """Mix (B, T, D)."""
         persistent = None if self.persistent is None else self.persistent()
         gate = F.silu(self.gate_proj(x))
-        reads, after = self.memory(x, persistent, layout, cached or {})
+        reads, after = self.memory(x, persistent, layout, cached or {}, documents)
         return self.o_proj(reads * gate), after
 
 
@@ -66,13 +71,19 @@ class MemoryAsGate(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, layout: Layout | None = None, cached: Cached | None = None
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        cached: Cached | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Cached]:
         """Mix (B, T, D)."""
         cached = cached or {}
         persistent = None if self.persistent is None else self.persistent()
-        heads, kv = self.attention(x, persistent, layout, _scoped(cached, "attention"))
-        reads, state = self.memory(x, persistent, layout, _scoped(cached, "memory"))
+        window = _scoped(cached, "attention")
+        heads, kv = self.attention(x, persistent, layout, window, documents)
+        known = _scoped(cached, "memory")
+        reads, state = self.memory(x, persistent, layout, known, documents)
         mixed = merge_heads(self.attention_norm(heads)) * F.silu(reads)
         return self.o_proj(mixed), _scope(kv, "attention") | _scope(state, "memory")
 
@@ -91,15 +102,21 @@ class MemoryAsLayer(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, layout: Layout | None = None, cached: Cached | None = None
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        cached: Cached | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Cached]:
         """Mix (B, T, D)."""
         cached = cached or {}
         persistent = None if self.persistent is None else self.persistent()
         gate = F.silu(self.gate_proj(x))
-        reads, state = self.memory(x, persistent, layout, _scoped(cached, "memory"))
+        known = _scoped(cached, "memory")
+        reads, state = self.memory(x, persistent, layout, known, documents)
         gated = self.gather_heads(reads * gate)
-        heads, kv = self.attention(gated, None, layout, _scoped(cached, "attention"))
+        window = _scoped(cached, "attention")
+        heads, kv = self.attention(gated, None, layout, window, documents)
         after = _scope(kv, "attention") | _scope(state, "memory")
         return self.o_proj(merge_heads(heads)), after
 
@@ -113,10 +130,14 @@ class AttentionMixer(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, layout: Layout | None = None, cached: Cached | None = None
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        cached: Cached | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Cached]:
         """Mix (B, T, D)."""
-        heads, after = self.attention(x, None, layout, cached)
+        heads, after = self.attention(x, None, layout, cached, documents)
         return self.o_proj(merge_heads(heads)), after
 
 
@@ -132,6 +153,7 @@ class MemoryAsContext(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.segment = config.segment_length
+        self.attends_across = config.attend_across_documents
         self.persistent = persistent_tokens(config)
         self.attention = SegmentAttention(config)
         self.attention_norm = RMSNorm(width // config.num_attention_heads, config.rms_norm_eps)
@@ -140,38 +162,63 @@ class MemoryAsContext(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, layout: Layout | None = None, cached: Cached | None = None
+        self,
+        x: Tensor,
+        layout: Layout | None = None,
+        cached: Cached | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Cached]:
         """Mix (B, T, D)."""
         prefix = None
         if self.persistent is not None:
             prefix = self.attention.project.prefix(self.persistent())
         if layout is None:
-            return self.o_proj(self._train(x, prefix)), {}
+            bounds = self.memory.bounds(documents, x)
+            return self.o_proj(self._train(x, prefix, bounds)), {}
         mixed, after = self._continue(x, prefix, layout, cached or {})
         return self.o_proj(mixed), after
 
-    def _train(self, x: Tensor, prefix: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _train(
+        self, x: Tensor, prefix: tuple[Tensor, Tensor] | None, bounds: Bounds | None
+    ) -> Tensor:
         """Whole sequences, or spans of whole segments."""
         project, memory = self.attention.project, self.memory
         cells = torch.arange(x.shape[1], device=x.device) % self.segment
-        asked, _ = memory.queries(x, None, None)
+        asked, _ = memory.queries(x, None, None, bounds)
         queries = project.queries(x, cells)
         keys, values = project.keys_values(x, cells)
-        state, carried = memory.enter(x, histories=True)
+        resets = memory.resets(x, None, bounds)
+        state, carried = memory.enter(x, histories=True, resets=resets)
         outputs = []
         for first in range(0, x.shape[1], self.segment):
             part = slice(first, min(first + self.segment, x.shape[1]))
-            recalled = self.gather_heads(memory.retrieve(asked[:, :, part], state.weights))
+            within = None if bounds is None else bounds.part(part)
+            begun = None if resets is None else resets.at(part.start, part.stop)
+            recalled = self.gather_heads(self._recall(asked[:, :, part], state, within, begun))
             reads = project.keys_values(recalled, cells[part])
             own = keys[:, :, part], values[:, :, part]
-            heads = self.attention.attend(queries[:, :, part], reads, own, prefix, cells[part])
+            reach = None if within is None or self.attends_across else within.reach
+            heads = self.attention.attend(
+                queries[:, :, part], reads, own, prefix, cells[part], reach
+            )
             attended = merge_heads(self.attention_norm(heads))
-            written = memory.project(self.gather_heads(attended), None, carried)
+            written = memory.project(self.gather_heads(attended), None, carried, within)
             carried = written.carried
-            returned, state = memory.scan(written.tokens, state)
+            returned, state = memory.scan(written.tokens, state, begun)
             outputs.append(attended * F.silu(memory.finish(returned)))
         return memory.leave(torch.cat(outputs, 1), state, carried)
+
+    def _recall(
+        self, asked: Tensor, state: MemoryState, bounds: Bounds | None, resets: Resets | None
+    ) -> Tensor:
+        """What the memory knew before the segment; before its document, where one begins inside."""
+        recalled = self.memory.retrieve(asked, state.weights)
+        begun = None if bounds is None or resets is None else bounds.begun()
+        if begun is None or resets is None:
+            return recalled
+        return torch.where(
+            begun[..., None], self.memory.retrieve(asked, resets.state.weights), recalled
+        )
 
     def _continue(
         self,

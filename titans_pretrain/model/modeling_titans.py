@@ -18,10 +18,13 @@ from .attention import WindowAttention  # noqa: F401
 from .boundary import Boundary  # noqa: F401
 from .cache import TitansCache
 from .configuration_titans import TitansConfig
+from .documents import Documents
 from .fields import FIELDS  # noqa: F401
 from .layers import PersistentTokens, RMSNorm, ShortConvolution, SwiGLU, full_precision
 from .layout import Layout
 from .memory import memory_scan  # noqa: F401
+from .memory_chunk import chunk_step  # noqa: F401
+from .memory_coefficients import coefficients  # noqa: F401
 from .memory_open import scan_open  # noqa: F401
 from .mixers import MIXERS
 from .neural_memory import Gate, InitialWeights
@@ -43,10 +46,11 @@ class TitansBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         layout: Layout | None = None,
         past_key_values: TitansCache | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """(B, T, D) to the same shape; with a cache, continues and updates this layer's state."""
         cached = None if past_key_values is None else past_key_values.layers[self.index].state
-        mixed, after = self.mixer(self.mixer_norm(hidden_states), layout, cached)
+        mixed, after = self.mixer(self.mixer_norm(hidden_states), layout, cached, documents)
         if past_key_values is not None:
             past_key_values.layers[self.index].state = after
         hidden_states = hidden_states + mixed
@@ -104,6 +108,7 @@ class TitansModel(TitansPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        document_starts: Tensor | None = None,
         **unused: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states (B, T, D) of token ids (B, T).
@@ -113,8 +118,11 @@ class TitansModel(TitansPreTrainedModel):
             attention_mask: (B, T) or (B, seen + T), 0 for pads on any side; pads change nothing.
             past_key_values: the cache an earlier call returned.
             inputs_embeds: see ``input_ids``.
-            use_cache: whether to return a cache; never while training.
+            use_cache: whether to return a cache; never while training, or with documents.
             output_hidden_states: whether to return every block's input and the final output.
+            document_starts: (B, T) integers, the column of the first token of each token's
+                document, 0 where it began before the row; best on the host. They matter where
+                the configuration separates documents; None makes each row one document.
             unused: refused if it would change the result.
         """
         _refuse(unused)
@@ -123,8 +131,16 @@ class TitansModel(TitansPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not hidden.shape[1]:
             raise ValueError("no tokens: give at least one column of input_ids or inputs_embeds")
+        if document_starts is not None:
+            _check_documents(document_starts, hidden, past_key_values, use_cache)
+            use_cache = False
         cache = self._cache(past_key_values, use_cache)
         layout = self._layout(hidden, attention_mask, cache)
+        documents = None
+        if document_starts is not None and self.config.separates_documents:
+            if layout is not None:
+                raise ValueError("document_starts cannot be given for rows with pads")
+            documents = Documents(document_starts)
         columns = hidden.shape[1]
         if layout is not None:
             hidden = layout.enter(hidden)
@@ -134,7 +150,7 @@ class TitansModel(TitansPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 collected.append(hidden if layout is None else layout.leave(hidden))
-            hidden = layer(hidden, layout=layout, past_key_values=cache)
+            hidden = layer(hidden, layout=layout, past_key_values=cache, documents=documents)
         hidden = self.norm(hidden)
         if layout is not None:
             hidden = layout.leave(hidden)
@@ -219,13 +235,15 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        document_starts: Tensor | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits (B, T, V), and the mean loss of the next tokens where ``labels`` are given.
 
         Args:
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache: see TitansModel.
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache,
+                document_starts: see TitansModel.
             labels: (B, T) token ids, -100 for no loss; shifted here.
             output_hidden_states: whether to return every block's input and the final output.
             logits_to_keep: last columns to predict from, 0 for all, or indices of columns.
@@ -240,6 +258,7 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            document_starts=document_starts,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -294,6 +313,20 @@ def next_token_loss(
     if num_items_in_batch is None:
         return F.cross_entropy(predicted, targets)
     return F.cross_entropy(predicted, targets, reduction="sum") / num_items_in_batch
+
+
+def _check_documents(
+    starts: Tensor, hidden: Tensor, cache: TitansCache | None, use_cache: bool | None
+) -> None:
+    if cache is not None or use_cache:
+        raise ValueError(
+            "document_starts cannot be given with a cache: what it continues is one document"
+        )
+    if starts.dtype not in (torch.int32, torch.int64) or starts.shape != hidden.shape[:2]:
+        raise ValueError(
+            f"document_starts is {starts.dtype} {tuple(starts.shape)}, expected integers "
+            f"{tuple(hidden.shape[:2])}"
+        )
 
 
 _HARMLESS = {"cache_position", "output_attentions", "is_first_iteration", "return_dict"}

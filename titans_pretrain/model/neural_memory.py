@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .boundary import WHOLE, Boundary, Like, Tensors
 from .configuration_titans import TitansConfig
+from .documents import Bounds, Documents
 from .layers import (
     PersistentTokens,
     RMSNorm,
@@ -23,7 +24,8 @@ from .layers import (
     unit,
 )
 from .layout import Layout, choose
-from .memory import MemoryState, Rule, Tokens, memory_scan, retrieve, state_dtype, unflatten
+from .memory import memory_scan
+from .memory_chunk import MemoryState, Resets, Rule, Tokens, retrieve, state_dtype, unflatten
 from .memory_open import OpenMemory, scan_open
 
 BRANCHES = ("q", "k", "v")
@@ -82,6 +84,7 @@ class NeuralMemory(nn.Module):
         self.gate_per_chunk = config.gate_per == "chunk"
         self.rule = Rule(config.memory_activation, config.memory_residual, config.surprise_clip)
         self.depth = config.memory_depth
+        self.across_documents = config.remember_across_documents
         self.boundary: Boundary = WHOLE
         for name in BRANCHES:
             self.add_module(f"{name}_proj", nn.Linear(width, width, bias=False))
@@ -100,6 +103,7 @@ class NeuralMemory(nn.Module):
         persistent: Tensor | None,
         layout: Layout | None,
         cached: Carried,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Carried]:
         """Write (B, T, D) into the memory and read it back, normalised, as (B, T, D).
 
@@ -108,20 +112,36 @@ class NeuralMemory(nn.Module):
             persistent: (1, P, D) tokens written before the first one, or None.
             layout: the slots when decoding or padded.
             cached: the rows' state from earlier calls, or empty.
+            documents: of the rows, without a layout; None for one a row.
         """
         if layout is None:
-            tokens = self.project(x, None, None).tokens
-            state, _ = self.enter(x, persistent)
-            reads, state = self.scan(tokens, state)
+            bounds = self.bounds(documents, x)
+            tokens = self.project(x, None, None, bounds).tokens
+            resets = self.resets(x, persistent, bounds)
+            state, _ = self.enter(x, persistent, resets=resets)
+            reads, state = self.scan(tokens, state, resets)
             return self.finish(self.leave(reads, state)), {}
         memory = self.open(x, persistent, cached)
         projected = self.project(x, layout, cached)
         reads, memory = scan_open(projected.tokens, memory, layout, self.chunk_size, self.rule)
         return self.finish(reads), projected.carried | memory.pack("memory")
 
-    def scan(self, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    def scan(
+        self, tokens: Tokens, state: MemoryState, resets: Resets | None = None
+    ) -> tuple[Tensor, MemoryState]:
         """``memory_scan`` under this layer's rule."""
-        return memory_scan(*tokens, state, chunk_size=self.chunk_size, **self.rule._asdict())
+        options = self.rule._asdict()
+        return memory_scan(*tokens, state, chunk_size=self.chunk_size, resets=resets, **options)
+
+    def bounds(self, documents: Documents | None, x: Tensor) -> Bounds | None:
+        """What the tokens (B, T, D) of this layer's span may not look across."""
+        return None if documents is None else documents.bounds(self.boundary, x.device)
+
+    def resets(self, x: Tensor, persistent: Tensor | None, bounds: Bounds | None) -> Resets | None:
+        """Where the memory starts anew in (B, T, D), and as what; None if it never does."""
+        if bounds is None or self.across_documents:
+            return None
+        return Resets(bounds.begins, self.start(x, persistent))
 
     def start(self, x: Tensor, persistent: Tensor | None = None) -> MemoryState:
         """The state before the first token of (B, T, D), persistent tokens written."""
@@ -138,7 +158,12 @@ class NeuralMemory(nn.Module):
         )
 
     def enter(
-        self, x: Tensor, persistent: Tensor | None = None, *, histories: bool = False
+        self,
+        x: Tensor,
+        persistent: Tensor | None = None,
+        *,
+        histories: bool = False,
+        resets: Resets | None = None,
     ) -> tuple[MemoryState, Carried]:
         """The state before the span (B, T, D): its start, or what the span before handed on.
 
@@ -146,11 +171,12 @@ class NeuralMemory(nn.Module):
             x: the layer's input.
             persistent: see ``start``.
             histories: whether the convolutions' last inputs belong to the state.
+            resets: where the state at the start is known already.
         """
         carried = self._no_history(x) if histories else {}
 
         def start() -> Tensors:
-            state = self.start(x, persistent)
+            state = self.start(x, persistent) if resets is None else resets.state
             zeros = (x.new_zeros(like.shape) for like in carried.values())
             return *state.weights, *state.momentum, *zeros
 
@@ -187,37 +213,54 @@ class NeuralMemory(nn.Module):
         return merge_heads(self.norm(reads))
 
     def queries(
-        self, x: Tensor, history: Tensor | None, layout: Layout | None
+        self,
+        x: Tensor,
+        history: Tensor | None,
+        layout: Layout | None,
+        bounds: Bounds | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Unit queries (B, H, T, d), and the convolution's inputs to carry on."""
         cached = None if layout is None else {} if history is None else {"q_history": history}
-        branches, carried = self._branches(("q",), x, layout, cached)
+        branches, carried = self._branches(("q",), x, layout, cached, bounds)
         return unit(branches["q"]), carried.get("q_history")
 
     def retrieve(self, queries: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         """Read without writing: (B, H, T, d) to normalised (B, T, D)."""
         return self.finish(retrieve(queries, weights, self.rule))
 
-    def project(self, x: Tensor, layout: Layout | None, cached: Carried | None) -> Projected:
+    def project(
+        self,
+        x: Tensor,
+        layout: Layout | None,
+        cached: Carried | None,
+        bounds: Bounds | None = None,
+    ) -> Projected:
         """Queries, keys, values and gates of (B, T, D), and what later tokens need of these.
 
         Args:
             x: the tokens to write.
             layout: the slots when decoding or padded.
             cached: what earlier tokens carried; None asks the boundary of the span.
+            bounds: what the tokens may not look across, without a layout.
         """
-        branches, carried = self._branches(BRANCHES, x, layout, cached)
-        gates = self._gates(x, layout, cached or {}, carried)
+        branches, carried = self._branches(BRANCHES, x, layout, cached, bounds)
+        gates = self._gates(x, layout, cached or {}, carried, bounds)
         queries, keys = unit(branches["q"]), unit(branches["k"])
         return Projected(Tokens(queries, keys, branches["v"], *gates), carried)
 
     def _branches(
-        self, names: tuple[str, ...], x: Tensor, layout: Layout | None, cached: Carried | None
+        self,
+        names: tuple[str, ...],
+        x: Tensor,
+        layout: Layout | None,
+        cached: Carried | None,
+        bounds: Bounds | None,
     ) -> tuple[dict[str, Tensor], Carried]:
         """Projection, convolution and SiLU, each (B, H, T, d); and what convolutions carry on."""
         projected: Tensors = tuple(self.get_submodule(f"{name}_proj")(x) for name in names)
         convolutions: list[Any] = [getattr(self, f"{name}_conv") for name in names]
         carried: Carried = {}
+        reach = None if bounds is None else bounds.reach
         if convolutions[0] is not None:
             histories: Sequence[Tensor | None]
             if cached is None:
@@ -229,7 +272,7 @@ class NeuralMemory(nn.Module):
             for name, convolution, own, before in zip(
                 names, convolutions, projected, histories, strict=True
             ):
-                convolved, carried[f"{name}_history"] = convolution(own, before, layout)
+                convolved, carried[f"{name}_history"] = convolution(own, before, layout, reach)
                 mixed.append(convolved)
             projected = tuple(mixed)
         heads = (split_heads(F.silu(tensor), self.head_width) for tensor in projected)
@@ -241,13 +284,14 @@ class NeuralMemory(nn.Module):
         layout: Layout | None,
         cached: Carried,
         carried: Carried,
+        bounds: Bounds | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Alpha, eta and theta, each (B, H, T), from the token or from its chunk's first one."""
         logits = [self._logit(gate, x) for gate in (self.forget_gate, self.momentum_gate)]
         logits.append(self._logit(self.step_gate, x))
         stacked = torch.stack([x for x in logits if x is not None], 1)
         if self.gate_per_chunk:
-            stacked = self._hold(stacked, layout, cached, carried)
+            stacked = self._hold(stacked, layout, cached, carried, bounds)
         rest = iter(stacked.unbind(1))
         forget, momentum, step = (None if x is None else torch.sigmoid(next(rest)) for x in logits)
         assert step is not None
@@ -267,9 +311,13 @@ class NeuralMemory(nn.Module):
         layout: Layout | None,
         cached: Carried,
         carried: Carried,
+        bounds: Bounds | None,
     ) -> Tensor:
         """Spread the gates (B, G, H, T) of each chunk's first token over the chunk."""
         time, chunk = gates.shape[-1], self.chunk_size
+        if bounds is not None and not self.across_documents:
+            opening = bounds.own_chunk(chunk)[:, None, None]
+            return gates.gather(-1, opening.expand_as(gates))
         slots = torch.arange(time, device=gates.device)
         held = gates[..., slots // chunk * chunk]
         if layout is None:

@@ -159,6 +159,13 @@ def sequence_for_heads(tensor: Tensor, group: Any) -> Tensor:
     return shares.transpose(0, 1).flatten(1, 2)
 
 
+def join_spans(columns: Tensor, group: Any) -> Tensor:
+    """(B, T) of every rank of the group, in its order, as (B, P T)."""
+    spans = [torch.empty_like(columns) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(spans, columns.contiguous(), group=group)
+    return torch.cat(spans, 1)
+
+
 def _all_to_all(tensor: Tensor, group: Any) -> Tensor:
     """Give part i of the first axis to rank i of the group."""
     sent = tensor.contiguous()

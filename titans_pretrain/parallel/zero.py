@@ -100,19 +100,29 @@ class ZeroEngine:
         self._begin_step()
         self._probe: FirstStepProbe | None = FirstStepProbe(self, fresh=True)
 
-    def forward(self, input_ids: torch.Tensor, micro_batch: int = 0) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        micro_batch: int = 0,
+        document_starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits (batch, time, vocabulary / tensor ranks) of token ids (batch, time).
 
         Args:
             input_ids: this rank's span.
             micro_batch: which of the step's; its backward pass must name the same.
+            document_starts: of the span's tokens, for a model that separates documents: the column
+                in its whole row of the first token of each token's document.
         """
         training = self._engine.module.training and torch.is_grad_enabled()
         if not (training and self._tracing):
             self._coordinator.reset_step()
             self._tracing = training
         with torch.set_grad_enabled(training), self._place("forward", micro_batch, training):
-            logits: torch.Tensor = self._engine(input_ids=input_ids, use_cache=False).logits
+            out = self._engine(
+                input_ids=input_ids, document_starts=document_starts, use_cache=False
+            )
+        logits: torch.Tensor = out.logits
         return logits
 
     def train(self, mode: bool = True) -> None:

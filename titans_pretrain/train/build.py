@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from titans_pretrain.config import RunConfig
-from titans_pretrain.data.loader import SequenceLoader
-from titans_pretrain.data.shards import TokenShards
+from titans_pretrain.data.loader import SequenceLoader, open_loader
+from titans_pretrain.data.mixture import Corpus
 from titans_pretrain.errors import UserError
+from titans_pretrain.model import fields
 from titans_pretrain.parallel.construct import construct, skeleton
 from titans_pretrain.parallel.parallelize import Parallel
 from titans_pretrain.parallel.zero import ZeroEngine
@@ -22,7 +23,7 @@ from titans_pretrain.train import optimizer
 class Data:
     """The prepared data and the order it is read in."""
 
-    shards: TokenShards
+    corpus: Corpus
     loader: SequenceLoader
 
 
@@ -30,26 +31,23 @@ def open_data(config: RunConfig) -> Data:
     """Open the data of a run and check that the model can read it.
 
     Raises:
-        UserError: see ``TokenShards.open`` and ``SequenceLoader``; more pieces than the model has.
+        UserError: see ``open_loader``; a tokenizer of more pieces than the model has.
     """
-    data = config.data
-    shards = TokenShards.open(data.manifest)
-    if shards.vocab_size > config.model["vocab_size"]:
+    loader = open_loader(config.data, document_starts=fields.separates_documents(config.model))
+    corpus = loader.corpus
+    if corpus.vocab_size > config.model["vocab_size"]:
         raise UserError(
             f"model.vocab_size: {config.model['vocab_size']} is less than the tokenizer's "
-            f"{shards.vocab_size} pieces",
-            where=data.manifest,
-            fix=f"use model.vocab_size={shards.vocab_size} or more",
+            f"{corpus.vocab_size} pieces",
+            where=_manifests(config),
+            fix=f"use model.vocab_size={corpus.vocab_size} or more",
         )
-    loader = SequenceLoader(
-        shards,
-        sequence_length=data.sequence_length,
-        seed=data.seed,
-        validation_fraction=data.validation_fraction,
-        length_schedule=data.length_schedule,
-    )
     loader.check_step(config.train.global_batch_size)
-    return Data(shards, loader)
+    return Data(corpus, loader)
+
+
+def _manifests(config: RunConfig) -> str:
+    return ", ".join(manifest for manifest, _ in config.data.parts)
 
 
 def build_engine(config: RunConfig, parallel: Parallel, device: torch.device) -> ZeroEngine:
@@ -74,16 +72,16 @@ def set_random_state(text: str) -> None:
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8))
 
 
-def check_data(data: Data, state: Mapping[str, Any], manifest: str) -> None:
+def check_data(data: Data, state: Mapping[str, Any], config: RunConfig) -> None:
     """Refuse to go on with other data than a checkpoint's.
 
     Raises:
         UserError: the data has another fingerprint.
     """
-    found, began = data.shards.fingerprint, state["fingerprint"]
+    found, began = data.corpus.fingerprint, state["fingerprint"]
     if found != began:
         raise UserError(
             f"the data has fingerprint {found}, the run began with {began}",
-            where=f"data.manifest: {manifest}",
-            fix="give the manifest that the run began with, or begin another run",
+            where=f"data: {_manifests(config)}",
+            fix="give the data that the run began with, or begin another run",
         )

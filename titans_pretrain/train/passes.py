@@ -7,6 +7,7 @@ import torch
 
 from titans_pretrain.config import RunConfig
 from titans_pretrain.data.loader import Batch
+from titans_pretrain.model.fields import separates_documents
 from titans_pretrain.parallel import wavefront
 from titans_pretrain.parallel.parallelize import Parallel
 from titans_pretrain.parallel.zero import ZeroEngine
@@ -19,10 +20,13 @@ class MicroBatch(NamedTuple):
     Attributes:
         tokens: (rows, span + 1) on the device.
         mask: (rows, span), True where a target counts; None counts all.
+        document_starts: (rows, span) on the host, the column, of the whole row, at which each
+            input's document begins; None where documents are not told apart.
     """
 
     tokens: torch.Tensor
     mask: torch.Tensor | None
+    document_starts: torch.Tensor | None = None
 
     def valid(self) -> int:
         """Targets that count."""
@@ -47,6 +51,7 @@ class Passes:
         self._tokens = config.train.micro_batch_size * config.data.sequence_length
         self._evaluated = 0
         self._interleaved = wavefront.is_interleaved(config)
+        self._separates = separates_documents(config.model)
 
     def train(self, batch: Batch, valid: int) -> list[float]:
         """Leave the gradients of a step in the engine.
@@ -90,21 +95,25 @@ class Passes:
 
     def _micro_batches(self, batch: Batch) -> Sequence[MicroBatch]:
         """This rank's span of one set of rows after another; equally many tokens each."""
+        if self._separates and batch.document_starts is None:
+            raise ValueError("the model separates documents, but the batch does not tell them")
         rows = self._tokens // (batch.tokens.shape[1] - 1)
         return [
             MicroBatch(
-                self._own(batch.tokens[first : first + rows]),
+                self._own(batch.tokens[part]),
+                None if batch.target_mask is None else self._own(batch.target_mask[part]),
                 None
-                if batch.target_mask is None
-                else self._own(batch.target_mask[first : first + rows]),
+                if batch.document_starts is None
+                else self._parallel.span(batch.document_starts[part]),
             )
-            for first in range(0, len(batch.tokens), rows)
+            for part in (slice(first, first + rows) for first in range(0, len(batch.tokens), rows))
         ]
 
     def _own(self, columns: torch.Tensor) -> torch.Tensor:
         return self._parallel.span(columns).to(self._device)
 
     def _summed_loss(self, part: MicroBatch, number: int) -> torch.Tensor:
-        logits = self._engine.forward(part.tokens[:, :-1].contiguous(), number)
+        ids = part.tokens[:, :-1].contiguous()
+        logits = self._engine.forward(ids, number, part.document_starts)
         losses = self._parallel.cross_entropy(logits, part.tokens[:, 1:].contiguous())
         return token_loss_sum(losses, part.mask)

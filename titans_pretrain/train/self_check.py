@@ -39,9 +39,10 @@ def check_mesh(config: RunConfig, parallel: Parallel, device: torch.device) -> N
     mesh = parallel.mesh
     values = tiny_fields(config.model, mesh)
     tokens = _tokens(values, mesh)
-    loss, gradients = _alone(values, tokens, device)
+    starts = _starts(values, tokens)
+    loss, gradients = _alone(values, tokens, starts, device)
     try:
-        found, engine = _on_mesh(config, parallel, values, tokens, device)
+        found, engine = _on_mesh(config, parallel, values, tokens, starts, device)
         errors = _errors(engine, gradients)
         engine.destroy()
     finally:
@@ -88,13 +89,25 @@ def _tokens(values: Mapping[str, Any], mesh: Mesh) -> torch.Tensor:
     return torch.randint(values["vocab_size"], shape, generator=torch.Generator().manual_seed(0))
 
 
+def _starts(values: Mapping[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
+    """Documents of about a chunk, for a model that separates them."""
+    if not fields.separates_documents(values):
+        return None
+    shape = (tokens.shape[0], tokens.shape[1] - 1)
+    begins = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 1 / CHUNK
+    return torch.where(begins, torch.arange(shape[1]), 0).cummax(1).values
+
+
 def _alone(
-    values: Mapping[str, Any], tokens: torch.Tensor, device: torch.device
+    values: Mapping[str, Any],
+    tokens: torch.Tensor,
+    starts: torch.Tensor | None,
+    device: torch.device,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss and gradients without any other rank."""
     model = construct(values, 0).to(device).train()
     tokens = tokens.to(device)
-    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    logits = model(input_ids=tokens[:, :-1], document_starts=starts, use_cache=False).logits
     loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
     loss.backward()
     named = model.named_parameters()
@@ -106,6 +119,7 @@ def _on_mesh(
     parallel: Parallel,
     values: Mapping[str, Any],
     tokens: torch.Tensor,
+    starts: torch.Tensor | None,
     device: torch.device,
 ) -> tuple[float, ZeroEngine]:
     """Mean loss, and the engine with its reduced gradients."""
@@ -119,8 +133,9 @@ def _on_mesh(
     model = construct(values, 0, parallel, partitioner(train, groups))
     engine = ZeroEngine(model, torch.optim.AdamW(model.parameters()), train, parallel, device)
     engine.train()
-    own = tokens[groups.data_rank * MICRO_BATCHES :][:MICRO_BATCHES]
-    summed = Passes(engine, parallel, config, device).train(Batch(own, None), rows * length)
+    own = slice(groups.data_rank * MICRO_BATCHES, (groups.data_rank + 1) * MICRO_BATCHES)
+    batch = Batch(tokens[own], None, None if starts is None else starts[own])
+    summed = Passes(engine, parallel, config, device).train(batch, rows * length)
     engine.gradient_norm()
     total = devices.all_sum(torch.tensor(sum(summed), dtype=torch.float64)).item()
     return total / mesh.tensor / (rows * length), engine

@@ -16,6 +16,7 @@ from titans_pretrain.checkpoint.load import load
 from titans_pretrain.checkpoint.save import AsyncSaver
 from titans_pretrain.config import RunConfig
 from titans_pretrain.data.loader import Batch
+from titans_pretrain.data.prefetch import ReadAhead
 from titans_pretrain.errors import StoppedEarly, TitansError, UserError
 from titans_pretrain.parallel import devices
 from titans_pretrain.parallel.parallelize import Parallel
@@ -58,13 +59,19 @@ class Trainer:
     ) -> None:
         self._config, self._parallel, self._device = config, parallel, device
         self._data, self._directory, self._stop, self._tell = data, directory, stop, tell
-        self._tokenizer = data.shards.tokenizer.read_bytes()  # its file may not outlive the run
+        self._tokenizer = data.corpus.tokenizer.read_bytes()  # its file may not outlive the run
         self._begin = begin
         self._mesh, self._whereabouts = parallel.mesh, parallel.whereabouts
         self._data_rank = parallel.groups.data_rank
         self._counts = parallel.groups.tensor_rank == 0  # what they share is added up once
         self._engine = build.build_engine(config, parallel, device)
         self._passes = Passes(self._engine, parallel, config, device)
+        self._batches = ReadAhead(
+            self._read,
+            tokens=self._tokens_per_step,
+            steps=config.train.steps,
+            workers=config.data.workers,
+        )
         self._guard = guard.Guard(config.guard)
         self._saver = AsyncSaver(
             directory.checkpoints,
@@ -82,7 +89,7 @@ class Trainer:
             TitansError: it cannot be read.
         """
         state = load(path, self._engine.shards())
-        devices.together(lambda: build.check_data(self._data, state, self._config.data.manifest))
+        devices.together(lambda: build.check_data(self._data, state, self._config))
         self._restored = True
         self._step, self._position = state["step"], state["position"]
         self._updates = state.get("updates", self._step)
@@ -102,6 +109,8 @@ class Trainer:
             TitansError: the guard stopped the run, or a checkpoint could not be written.
         """
         train, records = self._config.train, self._open_records()
+        if told := self._data.loader.repetitions(train.steps * train.global_batch_size):
+            self._tell(told)
         while self._step < train.steps:
             accepted, stop = self._train_step(records)
             if not accepted:
@@ -140,7 +149,7 @@ class Trainer:
         self._enter("reading", step=step, work="traced step" if tracing else "step")
         trace = traced(self._directory.trace(devices.rank()), self._device)
         with trace if tracing else contextlib.nullcontext():
-            batch = self._read()
+            batch = self._batches.take(self._step, self._position)
             valid = self._count_valid(batch)
             losses = self._passes.train(batch, valid)
             self._whereabouts.enter("reducing")
@@ -178,10 +187,10 @@ class Trainer:
     def _tokens_per_step(self) -> int:
         return self._config.train.global_batch_size * self._config.data.sequence_length
 
-    def _read(self) -> Batch:
+    def _read(self, step: int, position: int) -> Batch:
         return self._data.loader.batch(
-            step=self._step,
-            position=self._position,
+            step=step,
+            position=position,
             sequences=self._config.train.global_batch_size,
             rank=self._data_rank,
             ranks=self._mesh.data,
@@ -277,7 +286,7 @@ class Trainer:
         is for the checkpoint.
         """
         train = self._config.train
-        if not self._config.data.validation_fraction:
+        if not self._data.loader.validation_sequences:
             return None, False
         batches = self._data.loader.validation_batches(
             sequences=train.micro_batch_size * self._mesh.data,
@@ -329,7 +338,7 @@ class Trainer:
                 "position": self._position,
                 "updates": self._updates,
                 "guard": self._guard.state(),
-                "fingerprint": self._data.shards.fingerprint,
+                "fingerprint": self._data.corpus.fingerprint,
                 "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
                 "rng": build.random_state(),
             },

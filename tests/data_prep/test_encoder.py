@@ -1,0 +1,157 @@
+import importlib.metadata
+import random
+import re
+import sys
+from itertools import chain
+
+import numpy as np
+import pytest
+import sentencepiece
+from made_up import sentences
+
+from data_prep import bpe, encoder, fast, tokenizer
+from titans_pretrain.errors import TitansError, UserError
+
+
+@pytest.fixture
+def quick(model):
+    pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+    return encoder.make("fast", model)
+
+
+def trained(folder, texts, vocab_size, **options):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "t"),
+        vocab_size=vocab_size,
+        **(tokenizer.LLAMA2 | options),
+    )
+    return tokenizer.Tokenizer(folder / "t.model")
+
+
+def documents(count=2000):
+    return [f"{i} {text}" for i, text in enumerate(sentences(count, seed=5))]
+
+
+@pytest.mark.parametrize("kind", encoder.KINDS)
+def test_ids_are_flat_and_of_the_vocabularys_type(model, kind):
+    if kind == "fast":
+        pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+    texts = ["memory learns", "", "attention\n", " "]
+    ids, lengths = encoder.make(kind, model).encode(texts)
+    expected = model.encode(texts)
+    assert (ids.dtype, lengths.dtype) == (np.uint16, np.int64)
+    assert ids.tolist() == list(chain(*expected))
+    assert lengths.tolist() == [len(text) for text in expected]
+    assert encoder.make(kind, model).encode([]).ids.tolist() == []
+
+
+def test_a_vocabulary_of_many_pieces_has_wider_ids(model, monkeypatch):
+    monkeypatch.setattr(model, "vocab_size", 70_000)
+    assert encoder.make("sentencepiece", model).encode(["memory"]).ids.dtype == np.uint32
+
+
+def test_an_unknown_kind_is_refused_with_the_nearest(model):
+    with pytest.raises(UserError, match="no encoder 'sentencepice'") as caught:
+        encoder.make("sentencepice", model)
+    assert "'sentencepiece'" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "text", ["word " * 500, "  a" * 900 + " ", "x" * 999, "x" * 200 + " ", " " * 999, "a\n" * 400]
+)
+def test_a_long_text_is_cut_after_words_only_and_loses_nothing(text):
+    parts = encoder.cut(text)
+    assert " ".join(parts) == text
+    assert "" not in parts
+    assert not any(part.endswith((" ", bpe.SPACE)) for part in parts[:-1])
+    assert (len(parts) > 1) == (" " in text.strip())
+
+
+def test_a_model_that_is_not_plain_is_given_whole_texts(tmp_path):
+    model = trained(tmp_path, ["of the sea of the sky"] * 99, 290, split_by_whitespace=False)
+    long = "of the sea " * 100
+    ids = encoder.make("sentencepiece", model).encode([long]).ids.tolist()
+    assert ids == model.encode([long])[0]
+    assert ids != list(chain(*model.encode(encoder.cut(long))))
+
+
+class Lying:
+    """The library, but for the second token of every text."""
+
+    def __init__(self, honest):
+        self.honest = honest
+
+    def encode(self, text):
+        ids = self.honest.encode(text)
+        ids[1] += 1
+        return ids
+
+
+def test_a_difference_in_the_sample_stops_the_work_and_is_named(quick, monkeypatch):
+    monkeypatch.setattr(quick, "_library", Lying(quick._library))
+    with pytest.raises(TitansError, match="the fast encoder gives") as caught:
+        quick.encode(documents())
+    assert caught.value.exit_code == 1
+    place = re.fullmatch(
+        r"token 1, at '(.+)', of the document that begins '(.+)'", caught.value.where
+    )
+    assert place
+    assert f"'{place[2]}'" in {repr(text[:60]) for text in documents()}
+    assert "--encoder sentencepiece" in caught.value.fix
+
+
+def test_the_sample_is_the_same_texts_in_any_batches(quick, monkeypatch):
+    seen = []
+    reference = quick._reference.encode
+    monkeypatch.setattr(quick._reference, "encode", lambda x: seen.extend(x) or reference(x))
+    texts = documents(20_000)
+    quick.encode(texts)
+    once, seen[:] = list(seen), []
+    for start in range(0, len(texts), 700):
+        quick.encode(texts[start : start + 700])
+    assert seen == once
+    assert 20_000 / 256 / 2 < len(once) < 20_000 / 256 * 2
+
+
+def test_wrong_rules_do_not_pass_the_self_test(model, monkeypatch):
+    pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+    rules = bpe.rules
+    monkeypatch.setattr(bpe, "rules", lambda scores: rules(scores)[:-1])
+    with pytest.raises(TitansError, match="the fast encoder gives"):
+        encoder.make("fast", model)
+
+
+def test_a_model_that_is_not_plain_is_refused(tmp_path):
+    model = trained(tmp_path, sentences(100), 340, user_defined_symbols=["<mask>"])
+    with pytest.raises(UserError, match="not proven for this model: it has user-defined") as caught:
+        encoder.make("fast", model)
+    assert caught.value.fix == "use --encoder sentencepiece"
+
+
+def test_a_missing_library_is_named_with_the_extra(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
+    with pytest.raises(UserError, match=r"needs gigatoken 0\.10\.0, installed is none") as caught:
+        encoder.make("fast", model)
+    assert "titans-pretrain[fast]" in caught.value.fix
+
+
+def test_another_version_of_the_library_is_refused(model, monkeypatch):
+    pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
+    with pytest.raises(UserError, match=r"installed is 0\.11\.0"):
+        encoder.make("fast", model)
+
+
+def test_the_librarys_cache_is_dropped_when_it_has_grown(quick, model, monkeypatch):
+    draw = random.Random(0)
+    letters = "".join(draw.choices("etaoinsh ", weights=[*[1] * 8, 2], k=2_000_000))
+    words = [letters[i : i + 5000] for i in range(0, len(letters), 5000)]
+    first = quick._library
+    quick.encode(words)
+    quick.encode(words[:1])
+    assert quick._library is first
+    monkeypatch.setattr(fast, "CACHE_BYTES", 2**20)
+    ids = quick.encode(words[:1]).ids
+    assert quick._library is not first
+    assert ids.tolist() == model.encode(words[:1])[0]
