@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -24,6 +25,8 @@ from titans_pretrain.data.stream import Spans
 from titans_pretrain.errors import UserError
 
 VALIDATION_FRACTION = 0.01
+
+ORDER_BLOCK = 4096
 
 
 class Stage(Protocol):
@@ -97,6 +100,8 @@ class SequenceLoader:
         self._schedule = sorted(length_schedule, key=lambda stage: stage.from_step)
         self._tell_starts = document_starts
         self._slots = Slots(corpus.counts, seed=seed)
+        # A block at a time: a batch's few places would cost as much as thousands.
+        self._order_block = lru_cache(maxsize=8)(self._make_order)
         parts = [self._split(source, validation_fraction) for source in corpus.sources]
         self._training = [training for training, _ in parts]
         self._validation = [validation for _, validation in parts]
@@ -130,7 +135,7 @@ class SequenceLoader:
         """
         self.check_step(sequences)
         own = _share(sequences, rank, ranks)
-        sources, _, spans = self._order(self._first(position) + np.arange(sequences))
+        sources, _, spans = self._order(self._first(position), sequences)
         return self._rows(self._training, sources, spans, own, self.length_at(step))
 
     def places(self, *, position: int, sequences: int) -> list[tuple[Place, Spans]]:
@@ -140,7 +145,7 @@ class SequenceLoader:
             position: tokens consumed before the step.
             sequences: global batch.
         """
-        picked = self._order(self._first(position) + np.arange(sequences))
+        picked = self._order(self._first(position), sequences)
         places = [Place(*row) for row in np.stack(picked, axis=1).tolist()]
         return [(place, self._training[place.source]) for place in places]
 
@@ -223,17 +228,26 @@ class SequenceLoader:
         return first
 
     def _order(
-        self, places: NDArray[np.int64]
+        self, first: int, count: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Source, epoch and span at places of the endless order, three arrays (n,)."""
-        sources, positions = self._slots.deal(places)
+        """Source, epoch and span at places of the endless order, three arrays (count,)."""
+        blocks = range(first // ORDER_BLOCK, (first + count - 1) // ORDER_BLOCK + 1)
+        found = np.concatenate([self._order_block(block) for block in blocks], axis=1)
+        start = first - blocks[0] * ORDER_BLOCK
+        sources, epochs, spans = found[:, start : start + count]
+        return sources, epochs, spans
+
+    def _make_order(self, block: int) -> NDArray[np.int64]:
+        """Source, epoch and span at the places of a block, (3, ORDER_BLOCK)."""
+        first = block * ORDER_BLOCK
+        sources, positions = self._slots.deal(np.arange(first, first + ORDER_BLOCK))
         counts = np.array([spans.count for spans in self._training])[sources]
         epochs, inside = np.divmod(positions, counts)
         spans = np.empty_like(inside)
         for source in np.unique(sources).tolist():
             there, count = sources == source, self._training[source].count
             spans[there] = permute(inside[there], count, seed=self._seed, epoch=epochs[there])
-        return sources, epochs, spans
+        return np.stack([sources, epochs, spans])
 
     def _validation_order(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source and span of every held-out sequence, two arrays (validation_sequences,)."""

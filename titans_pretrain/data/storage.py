@@ -46,6 +46,9 @@ class Storage(Protocol):
             TitansError: a server that does not answer.
         """
 
+    def whole(self, name: str) -> NDArray[np.uint8] | None:
+        """All bytes of a file that lies here for good, memory-mapped; None of any other."""
+
     def local(self, name: str) -> Path:
         """A whole small file on this machine's disk.
 
@@ -118,13 +121,18 @@ class LocalStorage:
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """See ``Storage``."""
-        content = self._maps.get(name)
-        if content is None:
-            content = self._maps[name] = self._map(name)
+        content = self.whole(name)
         part = content[start:stop]
         if len(part) != stop - start:
             raise _cut(str(self._directory / name), len(content), stop)
         return part
+
+    def whole(self, name: str) -> NDArray[np.uint8]:
+        """See ``Storage``."""
+        content = self._maps.get(name)
+        if content is None:
+            content = self._maps[name] = self._map(name)
+        return content
 
     def local(self, name: str) -> Path:
         """See ``Storage``."""
@@ -197,6 +205,9 @@ class RemoteStorage:
         if stop > file.size:
             raise _cut(f"{self._url}/{name}", file.size, stop)
         return file.read(start, stop)
+
+    def whole(self, name: str) -> None:
+        """See ``Storage``: pieces come and go."""
 
     def local(self, name: str) -> Path:
         """See ``Storage``."""

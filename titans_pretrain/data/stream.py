@@ -7,8 +7,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
 from data_prep.tar import BLOCK_TOKENS, data_offset, member_bytes
 from titans_pretrain.data.mapping import map_file
@@ -105,10 +105,11 @@ class Shard:
         """
         if not self._check:
             return self._values(start, stop, mask)
-        block = start // BLOCK_TOKENS
-        low, high = block * BLOCK_TOKENS, min(-(-stop // BLOCK_TOKENS) * BLOCK_TOKENS, self.tokens)
+        low, high = start - start % BLOCK_TOKENS, stop + -stop % BLOCK_TOKENS
+        if high > self.tokens:
+            high = self.tokens
         content = self._values(low, high, mask)
-        if not self._matches(content, block, mask):
+        if not self._matches(content, low // BLOCK_TOKENS, mask):
             content = self._again(low, high, mask)
         return content[start - low : stop - low]
 
@@ -118,6 +119,9 @@ class Shard:
         size, each = arrays.dtype.itemsize, arrays.member_tokens
         member, inside = divmod(start, each)
         if inside + stop - start <= each:
+            members = self._members[mask]
+            if members is not None and member < len(members):
+                return members[member, inside : inside + stop - start]
             offset = arrays.offset(member) + inside * size
             content = self._storage.read(self.name, offset, offset + (stop - start) * size)
             return content.view(arrays.dtype)
@@ -128,10 +132,12 @@ class Shard:
 
     def _matches(self, content: NDArray[Any], block: int, mask: bool) -> bool:
         """Whether the blocks from ``block`` on have their checksums."""
-        view = content.data
-        places = range(0, len(view), BLOCK_TOKENS)
-        found = [xxhash.xxh3_64_intdigest(view[at : at + BLOCK_TOKENS]) for at in places]
-        return found == self._sums[int(mask), block : block + len(found)].tolist()
+        view, sums = content.data, self._sums[mask]
+        for at in range(0, len(view), BLOCK_TOKENS):
+            if xxh3_64_intdigest(view[at : at + BLOCK_TOKENS]) != sums[block]:
+                return False
+            block += 1
+        return True
 
     def _again(self, start: int, stop: int, mask: bool) -> NDArray[Any]:
         """Read blocks that failed their checksums anew, where that may help."""
@@ -160,8 +166,16 @@ class Shard:
         return [self._layout.arrays(self.tokens, mask=kind) for kind in kinds]
 
     @cached_property
-    def _sums(self) -> NDArray[np.uint64]:
-        """The checksums of tokens and of masks, (1 or 2, blocks)."""
+    def _members(self) -> list[NDArray[Any] | None]:
+        """The members of full length as views, (members, member_tokens), of a file that is here."""
+        content = self._storage.whole(self.name)
+        if content is None:
+            return [None] * len(self._arrays)
+        return [_full_members(content, arrays) for arrays in self._arrays]
+
+    @cached_property
+    def _sums(self) -> list[memoryview]:
+        """The checksums of tokens and of masks, (blocks,) each."""
         index, rows = self._entry["index"], len(self._arrays)
         blocks = -(-self.tokens // BLOCK_TOKENS)
         path = self._storage.local(index["name"])
@@ -171,7 +185,19 @@ class Shard:
             if sha256_file(path) != index["sha256"]:
                 raise self._damaged(index["name"], "it has another sha256 than the manifest tells")
         content = map_file(path)
-        return content[-8 * rows * blocks :].view("<u8").reshape(rows, blocks)
+        sums = content[-8 * rows * blocks :].view("<u8").reshape(rows, blocks)
+        return [row.data for row in sums]
+
+
+def _full_members(content: NDArray[np.uint8], arrays: Arrays) -> NDArray[Any]:
+    """Every array but a tar's last, (members, member_tokens)."""
+    return np.ndarray(
+        (arrays.count - 1, arrays.member_tokens),
+        arrays.dtype,
+        content,
+        arrays.first,
+        (arrays.stride, arrays.dtype.itemsize),
+    )
 
 
 class Stream:
@@ -215,7 +241,9 @@ class Stream:
         ):
             begun = start
             while start < stop:
-                origin, end = self._starts[shard], min(self._starts[shard + 1], stop)
+                origin, end = self._starts[shard], self._starts[shard + 1]
+                if end > stop:
+                    end = stop
                 part = self.shards[shard].read(start - origin, end - origin, mask=mask)
                 row[start - begun : end - begun] = part
                 start, shard = end, shard + 1
