@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from titans_pretrain.errors import UserError
 
-VARIABLES = ("ID", "COUNT", "MIN", "MAX", "STEP")
+VARIABLES = ("ID", "COUNT", "MIN", "MAX")
 
 
 def choose(
@@ -14,27 +14,25 @@ def choose(
     task: int | None,
     tasks: int | None,
     frozen: int | None,
-    typed: bool,
 ) -> tuple[int, int]:
     """The task to do and the number of tasks.
 
-    ``--task`` and ``--tasks`` go first. Without them an array job's id is the task of a frozen
-    plan; while the plan is still to be made by the array's own jobs, it is the id's place in the
-    array, and the array's size is the number of tasks.
+    ``--task`` and ``--tasks`` go first. Without them an array job's id is the task. While the plan
+    is still to be made by the array's own jobs, the array's size is the number of tasks, and its
+    ids are all of them: so a part of it, submitted again, is the same tasks.
 
     Args:
         environment: where the SLURM_ARRAY_TASK variables are, if there are any.
         task: as given with ``--task``.
         tasks: as given with ``--tasks``.
         frozen: tasks of the plan, None without one.
-        typed: whether the inputs are given again, as the jobs of an array without a plan do.
 
     Raises:
         UserError: an array that cannot be what is meant, or no way to tell which task.
     """
     given = tasks or frozen
     if task is None and "SLURM_ARRAY_TASK_ID" in environment:
-        task, given = _of_array(_numbers(environment), given, typed)
+        task, given = _of_array(_numbers(environment), given)
     if task is None:
         if (given or 1) > 1:
             raise UserError(
@@ -68,18 +66,15 @@ def _numbers(environment: Mapping[str, str]) -> dict[str, int]:
     return found
 
 
-def _of_array(array: Mapping[str, int], tasks: int | None, typed: bool) -> tuple[int, int]:
-    count, step = array["COUNT"], max(1, array["STEP"])
-    place, rest = divmod(array["ID"] - array["MIN"], step)
-    whole = array["MAX"] - array["MIN"] == (count - 1) * step and not rest
-    if tasks is None or (typed and count == tasks and whole):
-        if not whole:
-            raise UserError(
-                "the array's ids have gaps, so its jobs cannot tell which tasks they are",
-                where="--array",
-                fix=f"use --array=0-{count - 1}, or run `titans data plan` first",
-            )
-        return place, count
+def _of_array(array: Mapping[str, int], tasks: int | None) -> tuple[int, int]:
+    count = array["COUNT"]
+    if tasks is None and (array["MIN"], array["MAX"]) != (0, count - 1):
+        raise UserError(
+            "the array's ids are not every number from 0, so they cannot be a new plan's tasks",
+            where="--array",
+            fix=f"use --array=0-{count - 1}, or run `titans data plan` first",
+        )
+    tasks = tasks or count
     if array["MAX"] >= tasks:
         raise UserError(
             f"the array's ids go to {array['MAX']}, the plan's tasks from 0 to {tasks - 1}",

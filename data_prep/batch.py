@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_prep import encoder, filters
@@ -18,11 +19,13 @@ from data_prep.rows import Row
 from data_prep.settings import Settings
 from data_prep.sources import Layout, Reader
 from data_prep.tokenizer import Tokenizer
+from titans_pretrain.errors import UserError
 
 COUNTS = (
     *("read", "kept", "empty", "score", "language", "short", "long", "duplicate", "bad"),
     *("held_out", "repaired"),
 )
+DOCUMENT_BYTES = 64  # a document's length, place and turn, while its window is written
 ORIGIN = pa.schema([(name, pa.string()) for name in ("id", "url", "dump")])
 
 Unit = tuple[int, Input, Layout, int]
@@ -57,6 +60,13 @@ class Batch:
     origin: pa.RecordBatch
     counts: dict[str, int]
 
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes; a function of its values, whichever process made it."""
+        names = sum(pc.sum(pc.binary_length(column)).as_py() or 0 for column in self.origin)
+        masks = 0 if self.mask is None else self.mask.nbytes
+        return self.ids.nbytes + masks + names + DOCUMENT_BYTES * len(self.lengths)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -86,6 +96,12 @@ class Encoding:
         self._work, self._settings = work, work.settings
         self._tokenizer = Tokenizer(work.model)
         self._dtype = np.dtype(token_type(self._tokenizer.vocab_size))
+        if self._settings.prompt_column and work.encoder != "sentencepiece":
+            raise UserError(
+                f"--encoder {work.encoder} gives no places of pieces, which masks of prompts need",
+                where="--encoder",
+                fix="use --encoder sentencepiece",
+            )
         self._encoder = encoder.make(work.encoder, self._tokenizer)
         self._reader = Reader(work.settings.columns(), work.spool)
         self._duplicates = _open_duplicates(work.duplicates)
@@ -134,7 +150,8 @@ class Encoding:
                     verdicts[index] = "duplicate"
         kept = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict == "kept"]
         share = self._settings.held_out
-        held_out = np.array([filters.is_held_out(row.text, share) for row in kept], np.bool_)
+        sides = [filters.is_held_out(row.text, share, row.prompt) for row in kept]
+        held_out = np.array(sides, np.bool_)
         counts = Counter(dict.fromkeys(COUNTS, 0))
         counts.update(verdicts)
         counts["read"], counts["held_out"] = len(rows), int(held_out.sum())

@@ -7,10 +7,14 @@ file that is there is not made again, so that a killed pass goes on. A core hold
 part in memory, whatever the size of the input.
 """
 
+import fcntl
 import hashlib
+import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,7 @@ from data_prep.sources import Layout, Reader
 from titans_pretrain.files import sha256_file
 
 NAME, SCRATCH = "duplicates.npy", ".duplicates"
-GROUP_UNITS = 64
+GROUP_UNITS, GROUPS = 64, 512  # units at least of a group, and groups at most
 RUN_DOCUMENTS, PART_DOCUMENTS = 2**20, 2**22  # in memory of a core, about 100 bytes each
 PLACE_BITS = 32
 
@@ -86,15 +90,20 @@ def find(
         UserError: a source that cannot be read.
         TitansError: a file cannot be written, or a worker was killed.
     """
-    scratch = output / SCRATCH / _digest(units, settings)
-    with told(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
+    with _scratch(output / SCRATCH, _digest(units, settings)) as scratch:
+        return _found(units, settings, output, workers, scratch)
+
+
+def _found(
+    units: Sequence[Unit], settings: Settings, output: Path, workers: int | None, scratch: Path
+) -> dict[str, Any]:
     with ExitStack() as spooled:
         packed = any(spool.is_packed(item) for item, _, _ in units)
         folder = spooled.enter_context(spool.shared()) if packed else None
+        size = max(GROUP_UNITS, -(-len(units) // GROUPS))
         groups = [
-            _Group(scratch, first, tuple(units[first : first + GROUP_UNITS]), settings, folder)
-            for first in range(0, len(units), GROUP_UNITS)
+            _Group(scratch, first, tuple(units[first : first + size]), settings, folder)
+            for first in range(0, len(units), size)
         ]
         on_cores(groups, workers, "hashing texts")
     words = sum(group.hashes.stat().st_size for group in groups) // 8
@@ -103,9 +112,47 @@ def find(
     path, dropped = output / NAME, sorted(scratch.glob(f"part-{parts}-*.npy"))
     documents = _write(path, groups, dropped)
     with told(path):
-        shutil.rmtree(output / SCRATCH)
         size = path.stat().st_size
     return {"name": NAME, "bytes": size, "sha256": sha256_file(path), "documents": documents}
+
+
+@contextmanager
+def _scratch(folder: Path, name: str) -> Iterator[Path]:
+    """A folder of this process alone: that of a killed pass of the same work, if it can be locked.
+
+    It is removed when the block ends well, and with it what killed passes of other work left.
+    """
+    with ExitStack() as locks:
+        chosen = folder / name
+        with told(folder):
+            if not _lock(chosen, locks):
+                chosen = folder / f"{name}-{socket.gethostname()}-{secrets.token_hex(8)}"
+                chosen.mkdir(parents=True)
+        yield chosen
+        others = [path for path in folder.iterdir() if "-" not in path.name and path != chosen]
+        gone = [chosen, *(path for path in others if _lock(path, locks))]
+        for path in gone:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in (*gone, folder):  # over NFS a folder of open files cannot be removed
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _lock(folder: Path, locks: ExitStack) -> bool:
+    """Make a folder and hold its lock until the end; False if another does, or without locks."""
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = locks.enter_context(path.open("a+b"))
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(path.stat(), os.fstat(handle.fileno()))
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks here, so nobody works in it
+        with suppress(OSError):
+            path.unlink()
+            folder.rmdir()
+        return False
 
 
 @dataclass(frozen=True)
@@ -129,8 +176,8 @@ class _Group:
         return self.scratch / f"group-{self.first:09d}.npy"
 
     def __call__(self) -> None:
-        """Write both files; the hashes, written last, tell that both are there."""
-        if self.hashes.exists():
+        """Write both files, where one is missing."""
+        if self.hashes.exists() and self.dropped.exists():
             return
         dropped = [np.zeros(0, np.uint64)]
         with writing(self.hashes) as handle:
@@ -182,7 +229,7 @@ class _Part:
         pieces = [np.zeros((3, 0), np.uint64)]
         for group in sorted(self.scratch.glob("group-*.hashes")):
             for run in _stored_runs(group):
-                pieces.append(run[:, _span(run[0], start, end)])
+                pieces.append(np.array(run[:, _span(run[0], start, end)]))
         high, low, places = np.concatenate(pieces, axis=1)
         order, repeats = _in_order(high, low)
         _save(path, np.sort(places[order[repeats]]))
@@ -214,12 +261,7 @@ def _repeats(values: Words) -> NDArray[np.bool_]:
 
 def _hash(row: Row) -> bytes:
     """128 bits of the text; of prompt and text where there is a prompt."""
-    text = row.text.encode()
-    if not row.prompt:
-        return hashlib.blake2b(text, digest_size=16).digest()
-    prompt = row.prompt.encode()
-    length = len(prompt).to_bytes(8, "little")
-    return hashlib.blake2b(length + prompt + text, digest_size=16, person=b"prompt").digest()
+    return filters.digest(row.text, row.prompt, b"equal", 16)
 
 
 def _words(hashes: bytearray) -> Words:
@@ -242,17 +284,21 @@ def _span(values: Words, start: int, end: int) -> slice:
 
 def _write(path: Path, groups: Sequence[_Group], parts: Sequence[Path]) -> int:
     """Put the places of all groups and parts in order, one group of units at a time."""
-    found = [_mapped(group.dropped) for group in groups]
-    later = [_mapped(part) for part in parts]
-    count = sum(map(len, found)) + sum(map(len, later))
+    count = sum(len(_mapped(file)) for file in (*(group.dropped for group in groups), *parts))
     header = {"descr": "<u8", "fortran_order": False, "shape": (count,)}
     with writing(path) as handle:
         np.lib.format.write_array_header_1_0(handle, header)
-        for group, places in zip(groups, found, strict=True):
+        for group in groups:
             start, end = (_place(group.first + units, 0) for units in (0, len(group.units)))
-            within = [values[_span(values, start, end)] for values in later]
-            handle.write(np.sort(np.concatenate([places, *within])).tobytes())
+            found = [_between(file, start, end) for file in (group.dropped, *parts)]
+            handle.write(np.sort(np.concatenate(found)).tobytes())
     return count
+
+
+def _between(path: Path, start: int, end: int) -> Words:
+    """A copy of a file's places in [start, end); mapped ones would each keep their file open."""
+    values = _mapped(path)
+    return np.array(values[_span(values, start, end)])
 
 
 def _save(path: Path, places: Words) -> None:
@@ -271,5 +317,5 @@ def _digest(units: Sequence[Unit], settings: Settings) -> str:
         (item.name, item.size, inputs.sha256(item), layout.units)
         for item, layout in layouts.items()
     ]
-    content = repr((made_of, GROUP_UNITS, asdict(settings)))
+    content = repr((made_of, GROUP_UNITS, GROUPS, asdict(settings)))
     return hashlib.sha256(content.encode()).hexdigest()[:16]

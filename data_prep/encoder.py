@@ -7,10 +7,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import bpe
+from data_prep import bpe, proof
 from data_prep.manifest import token_type
 from data_prep.tokenizer import Tokenizer
-from titans_pretrain.errors import UserError, nearest
+from titans_pretrain.errors import TitansError, UserError, nearest
 
 KINDS = ("sentencepiece", "fast")
 PART_CHARACTERS = 200
@@ -61,19 +61,49 @@ class SentencepieceEncoder:
 
     Its time grows faster than the text. A plain model's pieces never reach over the space after
     a word (``bpe.departure``), and the space that sentencepiece puts in front of every text
-    stands for the one taken out, so the parts' ids are the text's.
+    stands for the one taken out, so the parts' ids are the text's. A model that does not prove it
+    when the encoder is made is given whole texts, and so is a sample of the documents.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._dtype = np.dtype(token_type(tokenizer.vocab_size))
-        self._cuts = not bpe.departure(bpe.parse(tokenizer.content))
+        proto = bpe.parse(tokenizer.content)
+        self._cuts = not bpe.departure(proto) and self._proven(list(proof.trials(proto)))
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """The ids of each text."""
+        """The ids of each text.
+
+        Raises:
+            TitansError: a text of the sample has other ids than when it is encoded whole.
+        """
         if not self._cuts:
             return flat(self._tokenizer.encode_arrays(texts), self._dtype)
-        parts = [cut(text) for text in texts]
+        encoded = self._in_parts(texts, PART_CHARACTERS)
+        sample = [place for place, text in enumerate(texts) if _is_compared(text)]
+        chosen = [texts[place] for place in sample]
+        ends = np.cumsum(encoded.lengths)
+        starts = ends - encoded.lengths
+        given = [encoded.ids[starts[place] : ends[place]] for place in sample]
+        if found := self._difference(chosen, given):
+            raise TitansError(
+                f"in parts, sentencepiece itself {found[0]}",
+                where=found[1],
+                fix="report it with this document and the model: its texts cannot be cut",
+            )
+        return encoded
+
+    def _proven(self, texts: list[str]) -> bool:
+        """Whether texts cut after every word have the ids of the whole."""
+        ids, lengths = self._in_parts(texts, 1)
+        return not self._difference(texts, np.split(ids, np.cumsum(lengths)[:-1]))
+
+    def _difference(self, texts: list[str], given: proof.Arrays) -> tuple[str, str] | None:
+        expected = self._tokenizer.encode_arrays(texts)
+        return proof.difference(self._tokenizer, texts, given, expected)
+
+    def _in_parts(self, texts: Sequence[str], characters: int) -> Encoded:
+        parts = [cut(text, characters) for text in texts]
         arrays = self._tokenizer.encode_arrays([part for text in parts for part in text])
         ids, lengths = flat(arrays, self._dtype)
         last = np.cumsum([len(text) for text in parts], dtype=np.int64) - 1
@@ -88,10 +118,19 @@ def flat(arrays: Sequence[NDArray[np.integer]], dtype: np.dtype[np.unsignedinteg
     return Encoded(np.concatenate(arrays, dtype=dtype, casting="unsafe"), lengths)
 
 
-def cut(text: str) -> list[str]:
-    """Parts of a text, each without the space after it; at least one."""
+def _is_compared(text: str) -> bool:
+    return PART_CHARACTERS < len(text) <= proof.WHOLE_CHARACTERS and proof.is_sampled(text)
+
+
+def cut(text: str, characters: int = PART_CHARACTERS) -> list[str]:
+    """Parts of a text, each without the space after it; at least one.
+
+    Args:
+        text: to be cut.
+        characters: that a part has at least, but for the last; 1 or more.
+    """
     parts, start = [], 0
-    while found := _WORD_END.search(text, start + PART_CHARACTERS):
+    while found := _WORD_END.search(text, start + characters):
         parts.append(text[start : found.start()])
         start = found.end()
     return [*parts, text[start:]]

@@ -1,8 +1,8 @@
 """How many tokens a plan will give: the size of its text times the ratio of a small sample."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,6 +17,7 @@ from data_prep.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 2**20  # of text that is encoded
 SAMPLE_UNITS = 16
+READ_BYTES = 2**30  # of stored text, read to sample from: units are read whole
 FILES = 64  # whose footers are read; the others are taken to be like them
 READERS = 16
 DOCUMENT_BYTES = 64  # of provenance, compressed: identifiers and addresses of web pages
@@ -34,22 +35,22 @@ def expected(
     """
     places = [place for place in shuffled(len(items), SAMPLE) if layouts[place].units][:FILES]
     with ThreadPoolExecutor(READERS) as pool:
-        found = pool.map(
-            lambda place: _measure(items[place], layouts[place].units, settings), places
-        )
-    measures = dict(zip(places, found, strict=True))
+        found = pool.map(lambda place: _sizes(items[place], layouts[place].units, settings), places)
+    sizes = dict(zip(places, found, strict=True))
     seen = sum(items[place].size for place in places)
     everything = sum(item.size for item in items) / max(seen, 1)
-    total = everything * sum(measure.bytes.sum() for measure in measures.values())
+    total = everything * sum(parts.sum() for parts in sizes.values())
     units = [(place, unit) for place in places for unit in range(layouts[place].units)]
-    chosen = [units[index] for index in shuffled(len(units), SAMPLE)[:SAMPLE_UNITS]]
     sample, measured = _Sample(tokenizer, settings), 0.0
     with Reader(settings.columns()) as reader:
-        for place, unit in chosen:
-            rows = next(iter(reader.rows(items[place], layouts[place], unit)), [])
-            sample.add(rows, SAMPLE_BYTES // len(chosen))
-            share = len(rows) / max(measures[place].rows[unit], len(rows), 1)
-            measured += share * measures[place].bytes[unit]
+        for index in shuffled(len(units), SAMPLE)[:SAMPLE_UNITS]:
+            if measured >= READ_BYTES:
+                break
+            place, unit = units[index]
+            size = sizes[place][unit]
+            share = min(SAMPLE_UNITS, len(units))
+            sample.add(reader.rows(items[place], layouts[place], unit), size, SAMPLE_BYTES // share)
+            measured += size
     scale = total / measured if measured else 0.0
     tokens, documents = sample.tokens * scale, sample.documents * scale
     width = np.dtype(token_type(tokenizer.vocab_size)).itemsize + bool(settings.prompt_column)
@@ -62,17 +63,13 @@ def expected(
     }
 
 
-class _Measure(NamedTuple):
-    """Bytes that grow as a file's text does, and rows where they are told (else 0), (units,)."""
+def _sizes(item: Input, units: int, settings: Settings) -> NDArray[np.float64]:
+    """Bytes that grow as the text of a file's units does, (units,).
 
-    bytes: NDArray[np.float64]
-    rows: NDArray[np.int64]
-
-
-def _measure(item: Input, units: int, settings: Settings) -> _Measure:
-    """Of parquet the uncompressed size of the text columns, of other files an equal part."""
+    Of parquet the uncompressed size of the text columns, of other files an equal part.
+    """
     if inputs.kind(item.url) != "parquet":
-        return _Measure(np.full(units, item.size / units), np.zeros(units, np.int64))
+        return np.full(units, item.size / units)
     wanted = {settings.text_column, settings.prompt_column}
     with inputs.open_file(item) as handle:
         footer = pq.ParquetFile(handle, pre_buffer=False).metadata
@@ -85,8 +82,7 @@ def _measure(item: Input, units: int, settings: Settings) -> _Measure:
         )
         for group in groups
     ]
-    rows = [group.num_rows for group in groups]
-    return _Measure(np.array(sizes, np.float64), np.array(rows, np.int64))
+    return np.array(sizes, np.float64)
 
 
 class _Sample:
@@ -103,16 +99,27 @@ class _Sample:
         self.text_bytes = self.documents = 0
         self.tokens = 0.0
 
-    def add(self, rows: Sequence[Row], budget: int) -> None:
-        """Count rows; of those kept every n-th is encoded, so as to encode ``budget`` bytes."""
-        kept = [row for row in rows if filters.verdict(row, self._settings) == "kept"]
-        self.text_bytes += sum(map(_bytes, rows))
-        self.documents += len(kept)
-        whole = sum(map(_bytes, kept))
-        part = kept[:: -(-whole // budget)] if whole else []
-        encoded = sum(map(len, self._tokenizer.encode([row.prompt + row.text for row in part])))
-        per_byte = encoded / max(sum(map(_bytes, part)), 1)
-        self.tokens += whole * per_byte + len(kept) * (1 + self._settings.bos)
+    def add(self, batches: Iterable[Sequence[Row]], size: float, budget: int) -> None:
+        """Count a unit's rows; of those kept every n-th is encoded.
+
+        Args:
+            batches: of rows.
+            size: bytes of their text, about.
+            budget: bytes to encode.
+        """
+        step, documents = max(1, math.ceil(size / budget)), 0
+        whole = part = encoded = 0
+        for rows in batches:
+            kept = [row for row in rows if filters.verdict(row, self._settings) == "kept"]
+            chosen = kept[-documents % step :: step]
+            texts = [row.prompt + row.text for row in chosen]
+            encoded += sum(map(len, self._tokenizer.encode(texts)))
+            part += sum(map(_bytes, chosen))
+            whole += sum(map(_bytes, kept))
+            documents += len(kept)
+            self.text_bytes += sum(map(_bytes, rows))
+        self.documents += documents
+        self.tokens += whole * encoded / max(part, 1) + documents * (1 + self._settings.bos)
 
 
 def _bytes(row: Row) -> int:

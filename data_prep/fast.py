@@ -2,33 +2,31 @@
 
 It is given the rules of ``bpe.rules`` and no special pieces, so that text can make none. Models
 that are not plain (``bpe.departure``) and other versions of the library are refused, a self-test
-runs when it is made, and one document in ``SAMPLE`` is encoded by sentencepiece too.
+runs when it is made, and a sample of the documents is encoded by sentencepiece too.
 """
 
+import ctypes
 import importlib.metadata
 import json
 import os
-import random
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import bpe
+from data_prep import bpe, proof
 from data_prep.encoder import Encoded, SentencepieceEncoder, flat
 from data_prep.manifest import token_type
 from data_prep.tokenizer import Tokenizer
 from titans_pretrain.errors import TitansError, UserError
 
 LIBRARY, VERSION = "gigatoken", "0.10.0"
-SAMPLE = 256
-CACHE_BYTES = 2**28
+CACHE_BYTES = 2**26
+CHECK_CHARACTERS = 2**20  # of text, after which the cache is looked at
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_TESTED_PIECES = 20_000
-_ENDS = 64  # characters at each end of a text that, with its length, decide on the sample
 
 
 class FastEncoder:
@@ -38,27 +36,25 @@ class FastEncoder:
         tokenizer: a plain model.
 
     Raises:
-        UserError: the library is missing or of another version, or the model is not plain.
-        TitansError: the library's ids are not sentencepiece's.
+        UserError: the library is missing or of another version, the model is not plain, or the
+            library's ids are not sentencepiece's.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._dtype = np.dtype(token_type(tokenizer.vocab_size))
-        self._reference = SentencepieceEncoder(tokenizer)
         proto = bpe.parse(tokenizer.content)
         if what := bpe.departure(proto):
-            raise UserError(
-                f"the fast encoder is not proven for this model: {what}",
-                where=str(tokenizer.path),
-                fix="use --encoder sentencepiece",
-            )
+            raise _unproven(tokenizer, what)
         self._make = _library()
         self._library: Any = None
         self._description = _description(proto)
+        self._used = _resident_bytes()
         self._renew()
-        texts = list(_self_test(proto))
-        self._compare(texts, self._ids(texts), tokenizer.encode_arrays(texts))
+        texts = list(proof.trials(proto))
+        expected = tokenizer.encode_arrays(texts)
+        if found := proof.difference(tokenizer, texts, self._ids(texts), expected):
+            raise _unproven(tokenizer, f"of the text {found[1]} it {found[0]}")
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """The ids of each text.
@@ -66,51 +62,69 @@ class FastEncoder:
         Raises:
             TitansError: a text of the sample has other ids than sentencepiece gives.
         """
-        if _resident_bytes() - self._resident > CACHE_BYTES:
-            self._renew()
+        self._bound_cache(0)
         arrays = self._ids(texts)
-        sample = [place for place, text in enumerate(texts) if _sampled(text)]
-        if sample:
-            chosen = [texts[place] for place in sample]
-            ids, lengths = self._reference.encode(chosen)
-            expected = np.split(ids, np.cumsum(lengths)[:-1])
-            self._compare(chosen, [arrays[place] for place in sample], expected)
+        sample = [place for place, text in enumerate(texts) if proof.is_sampled(text)]
+        chosen = [texts[place] for place in sample]
+        given = [arrays[place] for place in sample]
+        found = proof.difference(self._tokenizer, chosen, given, self._expected(chosen))
+        if found:
+            raise TitansError(
+                f"the fast encoder {found[0]}",
+                where=found[1],
+                fix="prepare again, with --encoder sentencepiece, into another --output",
+            )
         return flat(arrays, self._dtype)
 
-    def _renew(self) -> None:
-        """Drop the library's cache of words, which knows no bound."""
-        self._library = None
-        self._library = self._make(self._description)
-        self._resident = _resident_bytes()
+    @cached_property
+    def _reference(self) -> SentencepieceEncoder:
+        return SentencepieceEncoder(self._tokenizer)
+
+    def _expected(self, texts: Sequence[str]) -> list[NDArray[np.integer]]:
+        """What sentencepiece gives for whole texts, and for very long ones in parts."""
+        return [
+            self._reference.encode([text]).ids
+            if len(text) > proof.WHOLE_CHARACTERS
+            else self._tokenizer.encode_arrays([text])[0]
+            for text in texts
+        ]
 
     def _ids(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
-        encode = self._library.encode
-        return [encode(text) for text in texts]
+        arrays: list[NDArray[np.uint32]] = []
+        held = unchecked = 0
+        for text in texts:
+            arrays.append(self._library.encode(text))
+            held += arrays[-1].nbytes
+            unchecked += len(text)
+            if unchecked >= CHECK_CHARACTERS:
+                self._bound_cache(held)
+                unchecked = 0
+        return arrays
 
-    def _compare(
-        self,
-        texts: Sequence[str],
-        arrays: Sequence[NDArray[np.integer]],
-        expected: Sequence[NDArray[np.integer]],
-    ) -> None:
-        for text, ids, right in zip(texts, arrays, expected, strict=True):
-            if not np.array_equal(ids, right):
-                raise self._difference(text, ids, right)
+    def _bound_cache(self, held: int) -> None:
+        """Drop the library's cache of words, which knows no bound, when it has grown.
 
-    def _difference(
-        self, text: str, ids: NDArray[np.integer], right: NDArray[np.integer]
-    ) -> TitansError:
-        shorter = min(len(ids), len(right))
-        differing = np.flatnonzero(ids[:shorter] != right[:shorter])
-        place = int(differing[0]) if len(differing) else shorter
-        before = len(self._tokenizer.decode(right[:place].tolist()))
-        return TitansError(
-            f"the fast encoder gives {ids[place : place + 4].tolist()} where sentencepiece gives "
-            f"{right[place : place + 4].tolist()}",
-            where=f"token {place}, at {text[before : before + 20]!r}, of the document that begins "
-            f"{text[:60]!r}",
-            fix="prepare again, with --encoder sentencepiece, into another --output",
-        )
+        Args:
+            held: bytes of ids that are not the library's.
+        """
+        used = _resident_bytes() - held
+        self._used = min(self._used, used)
+        if used - self._used > CACHE_BYTES:
+            self._renew(held)
+
+    def _renew(self, held: int = 0) -> None:
+        self._library = None
+        _give_back()
+        self._library = self._make(self._description)
+        self._used = _resident_bytes() - held
+
+
+def _unproven(tokenizer: Tokenizer, why: str) -> UserError:
+    return UserError(
+        f"the fast encoder is not proven for this model: {why}",
+        where=str(tokenizer.path),
+        fix="use --encoder sentencepiece",
+    )
 
 
 def _library() -> Any:
@@ -154,29 +168,10 @@ def _description(proto: Any) -> str:
     )
 
 
-def _self_test(proto: Any) -> Iterator[str]:
-    """Texts with nearly all pieces, all special ones, runs of spaces and planes of characters."""
-    pieces = list(bpe.scores(proto))
-    special = [piece.piece for piece in proto.pieces if piece.type != bpe.NORMAL]
-    yield from ("", *special, " ".join(special), "".join(special))
-    longest = max(len(piece) for piece in pieces if not piece.strip(bpe.SPACE))
-    runs = (" " * n for n in range(4 * longest + 2))
-    yield from (before + run + after for run in runs for before, after in _AROUND)
-    yield "".join(map(chr, range(0xD800)))
-    yield "".join(map(chr, range(0xE000, 0x110000, 37)))
-    draw = random.Random(0)
-    for between in ("", " ", "\n"):
-        chosen = draw.sample(pieces, min(len(pieces), _TESTED_PIECES))
-        yield from (between.join(chosen[i : i + 50]) for i in range(0, len(chosen), 50))
-
-
-_AROUND = (("", ""), ("", "a"), ("a", "a"), ("\n", "."), (bpe.SPACE, "\n"))
-
-
-def _sampled(text: str) -> bool:
-    """Whether a text belongs to the sample: the same texts in every preparation."""
-    ends = text[:_ENDS] + text[-_ENDS:]
-    return zlib.crc32(ends.encode(), len(text)) % SAMPLE == 0
+def _give_back() -> None:
+    """Return freed memory to the system, where the C library can; else it piles up in pieces."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def _resident_bytes() -> int:

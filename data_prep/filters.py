@@ -31,20 +31,36 @@ def verdict(row: Row, settings: Settings) -> str:
     return "kept"
 
 
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a document belongs to the held-out split: a function of its text alone.
+def is_held_out(text: str, share: float, prompt: str = "") -> bool:
+    """Whether a document belongs to the held-out split: a function of its prompt and text alone.
 
-    Equal texts fall on the same side in every preparation, and a larger share holds out what a
-    smaller one does.
+    Equal documents fall on the same side in every preparation, and a larger share holds out what
+    a smaller one does.
 
     Args:
         text: the document's.
         share: of all documents, 0 to 1.
+        prompt: the document's, empty where it has none.
     """
     if not share:
         return False
-    found = hashlib.blake2b(text.encode(), digest_size=8, person=b"held-out").digest()
-    return int.from_bytes(found, "big") < share * 2**64
+    return int.from_bytes(digest(text, prompt, b"held-out", 8), "big") < share * 2**64
+
+
+def digest(text: str, prompt: str, use: bytes, size: int) -> bytes:
+    """The blake2b of a document's text, or of prompt and text where there is a prompt.
+
+    Args:
+        text: the document's.
+        prompt: the document's, empty where it has none.
+        use: up to 9 bytes that give each use its own hashes.
+        size: of the digest, bytes.
+    """
+    if not prompt:
+        return hashlib.blake2b(text.encode(), digest_size=size, person=use).digest()
+    before = prompt.encode()
+    content = len(before).to_bytes(8, "little") + before + text.encode()
+    return hashlib.blake2b(content, digest_size=size, person=use + b" prompt").digest()
 
 
 def _at_least(score: float | None, bound: float) -> bool:

@@ -24,9 +24,8 @@ def facts(plan: Plan, output: Path, *, rate: float | None = None, cores: int = 8
         cores: of a task.
     """
     content, expected = plan.content, plan.content["expected"]
-    duplicates = content["duplicates"] or {"documents": 0}
-    left = 1 - duplicates["documents"] / max(expected["documents"], 1)
-    tokens, documents = (round(expected[key] * max(left, 0)) for key in ("tokens", "documents"))
+    left = kept_share(content)
+    tokens, documents = (round(expected[key] * left) for key in ("tokens", "documents"))
     rates = {"given": rate * 1e6} if rate else RATES
     hours = {name: tokens / per_second / 3600 for name, per_second in rates.items()}
     slowest = max(hours.values())
@@ -36,11 +35,11 @@ def facts(plan: Plan, output: Path, *, rate: float | None = None, cores: int = 8
         "units": expected["units"],
         "text_bytes": expected["text_bytes"],
         "documents": documents,
-        "duplicates": duplicates["documents"],
+        "duplicates": (content["duplicates"] or {"documents": 0})["documents"],
         "tokens": tokens,
         "tasks": plan.tasks,
         "tokens_per_task": tokens // plan.tasks,
-        "output_bytes": round(expected["bytes"] * max(left, 0)),
+        "output_bytes": round(expected["bytes"] * left),
         "free_bytes": shutil.disk_usage(output).free,
         "temporary_bytes": sum(sorted(map(_unpacked, content["inputs"]))[-KEPT:]),
         "rates": rates,
@@ -50,6 +49,12 @@ def facts(plan: Plan, output: Path, *, rate: float | None = None, cores: int = 8
         "memory_bytes": 2 * content["settings"]["shard_bytes"] + cores * WORKER_BYTES,
     }
     return told | {"submit": _submit(output, told)}
+
+
+def kept_share(content: Mapping[str, Any]) -> float:
+    """Share of a plan's expected documents that are no duplicates to drop."""
+    dropped = content["duplicates"]["documents"] if content["duplicates"] else 0
+    return max(0.0, 1 - dropped / max(content["expected"]["documents"], 1))
 
 
 def text(told: Mapping[str, Any]) -> str:
@@ -75,7 +80,10 @@ def text(told: Mapping[str, Any]) -> str:
     if not told["temporary_bytes"]:
         del lines["TMPDIR"]
     if told["text_bytes"] / told["units"] > LARGE_UNIT:
-        lines["note"] = "units this large keep few cores busy: write row groups of 1000 to 10,000"
+        lines["note"] = (
+            "units this large take memory and keep few cores busy: "
+            "write row groups of 1000 to 10,000 rows"
+        )
     return "\n".join(f"{name:<12}{line}" for name, line in lines.items())
 
 

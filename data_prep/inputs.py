@@ -1,7 +1,6 @@
 """Which files text comes from: paths, globs, URLs, or a dataset of the Hugging Face hub."""
 
 import contextlib
-import glob
 import hashlib
 import math
 import os
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
+import numpy as np
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import has_magic
 from fsspec.spec import AbstractFileSystem
 from fsspec.utils import glob_translate
 
+from data_prep import local_files
 from data_prep.remote import RemoteFile
 from data_prep.retry import retry
 from titans_pretrain.errors import TitansError, UserError, nearest
@@ -31,7 +32,8 @@ KINDS = {
     ".jsonl.zst": "jsonl",
     ".txt": "txt",
 }
-WHOLE_BYTES = 2**26
+WHOLE_BYTES = 2**26  # larger files are told apart by a part of their bytes
+SAMPLE_BLOCKS, SAMPLE_BYTES = 64, 2**16
 THREADS = 32  # sizes asked for, at the same time
 
 
@@ -123,9 +125,10 @@ def find_dataset(
 def _read_in_place(builder: Any, urls: list[str]) -> bool:
     """Whether the data files are of our kinds and mean to us what they mean to the library."""
     loader = type(builder).__module__.rpartition(".")[2]
-    lines = getattr(builder.config, "field", None) is None
     ours = all(url.endswith(tuple(KINDS)) for url in urls)
-    return ours and lines and loader in ("parquet", "json", "arrow")
+    options = {"field": None, "filters": None, "encoding": "utf-8", "encoding_errors": None}
+    plain = all(getattr(builder.config, name, value) == value for name, value in options.items())
+    return ours and plain and loader in ("parquet", "json", "arrow")
 
 
 def _build(builder: Any, name: str, split: str) -> list[str]:
@@ -200,8 +203,7 @@ def _expand(pattern: str) -> dict[str, int | None]:
         raise UserError(
             f"{pattern!r} is a directory", where="--input", fix=f"use '{pattern}/*.jsonl' or alike"
         )
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207 - a Path has no absolute globs
-    return {path: None for path in found if Path(path).is_file()}
+    return dict.fromkeys(local_files.matching(pattern))
 
 
 def _expand_url(pattern: str) -> dict[str, int | None]:
@@ -349,8 +351,9 @@ def open_file(item: Input) -> IO[bytes]:
 def sha256(item: Input) -> str | None:
     """What tells an edited local file from the one planned; None of a URL.
 
-    Of a large parquet file the footer alone, which holds every column's sizes and extremes, so
-    that not every task reads a large corpus whole.
+    Of a file over 64 MiB it covers the size and a part, so that not every task reads a large
+    corpus whole: of parquet the footer, which holds every column's sizes and extremes, of others 64
+    blocks of 64 KiB, at places that the size decides on.
 
     Raises:
         UserError: the file cannot be read.
@@ -359,10 +362,28 @@ def sha256(item: Input) -> str | None:
         return None
     place = local(item)
     with reaching(item.url, where=item.url):
-        if kind(item.url) != "parquet" or item.size <= WHOLE_BYTES:
+        if item.size <= WHOLE_BYTES:
             return sha256_file(place)
         with open(place, "rb") as handle:
-            handle.seek(max(0, item.size - 8))
-            length = int.from_bytes(handle.read(4), "little")
-            handle.seek(max(0, item.size - 8 - length))
-            return hashlib.sha256(handle.read()).hexdigest()
+            parts = _footer if kind(item.url) == "parquet" else _blocks
+            digest = hashlib.sha256(str(item.size).encode())
+            for part in parts(handle, item.size):
+                digest.update(part)
+            return digest.hexdigest()
+
+
+def _footer(handle: IO[bytes], size: int) -> Iterator[bytes]:
+    """What a parquet file says of itself at its end."""
+    handle.seek(max(0, size - 8))
+    length = int.from_bytes(handle.read(4), "little")
+    handle.seek(max(0, size - 8 - length))
+    yield handle.read()
+
+
+def _blocks(handle: IO[bytes], size: int) -> Iterator[bytes]:
+    """The first and the last block of a file, and others in between at random."""
+    last = max(0, size - SAMPLE_BYTES)
+    bits = np.random.PCG64(np.random.SeedSequence(size)).random_raw(SAMPLE_BLOCKS - 2)
+    for place in sorted({0, *(bits % np.uint64(last + 1)).tolist(), last}):
+        handle.seek(place)
+        yield handle.read(SAMPLE_BYTES)

@@ -74,19 +74,21 @@ def lengths_of(
     """The documents' lengths in tokens, ascending, and how many have each, both (lengths,)."""
     lengths = counts = np.zeros(0, np.int64)
     for shard in shards:
-        path = directory / shard["provenance"]["name"]
-        try:
-            found = pq.read_table(path, columns=["tokens"])["tokens"].to_numpy()
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"cannot read {path.name}: {str(error).splitlines()[0]}",
-                where=str(path),
-                fix=manifest.redo(directory, shard["task"]),
-            ) from None
+        found = pq.read_table(_provenance(directory, shard), columns=["tokens"])[
+            "tokens"
+        ].to_numpy()
         own, times = np.unique(found, return_counts=True)
         lengths, place = np.unique(np.concatenate([lengths, own]), return_inverse=True)
         counts = np.bincount(place, np.concatenate([counts, times])).astype(np.int64)
     return lengths, counts
+
+
+def _provenance(directory: Path, shard: Mapping[str, Any]) -> Path:
+    """A shard's provenance, with the checksum that the manifest tells."""
+    path = directory / shard["provenance"]["name"]
+    if problem := manifest.file_problem(directory, shard["provenance"]):
+        raise UserError(problem, where=str(path), fix=manifest.redo(directory, shard["task"]))
+    return path
 
 
 def histogram_text(lengths: NDArray[np.int64], counts: NDArray[np.int64]) -> str:

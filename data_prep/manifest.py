@@ -14,10 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data_prep import schema
-from data_prep.output import write_json
 from titans_pretrain.errors import UserError
 from titans_pretrain.files import sha256_file
 
@@ -74,103 +71,6 @@ def _task(path: Path, shape: Mapping[str, Any], task: int) -> dict[str, Any] | N
     return entry if entry["task"] == task else None
 
 
-class DamagedTask(UserError):
-    """A finished task that cannot be merged as it is.
-
-    Args:
-        output: the directory prepared into.
-        task: which task.
-        what: is wrong with it.
-    """
-
-    def __init__(self, output: Path, task: int, what: str) -> None:
-        super().__init__(what, where=str(output), fix=redo(output, task))
-        self.task = task
-
-
-def merge(output: Path) -> dict[str, Any]:
-    """Put the tasks' manifests together into ``manifest.json``.
-
-    Returns:
-        The manifest's content.
-
-    Raises:
-        UserError: no plan, tasks that are not finished or of another plan, or no document left.
-        DamagedTask: files that are gone or have another size, windows that do not join up, or
-            work done twice.
-    """
-    plan = read_plan(output)
-    entries = finished_tasks(output, plan)
-    missing = [task for task in range(plan["tasks"]) if task not in entries]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {plan['tasks']} tasks are not finished: {ranges(missing)}",
-            where=str(output),
-            fix=redo(output, *missing),
-        )
-    done = [entries[task] for task in range(plan["tasks"])]
-    for entry in done:
-        if problem := next(_problems(output, plan, entry), ""):
-            raise DamagedTask(output, entry["task"], problem)
-    content = described(plan, done)
-    if not content["shards"]:
-        raise UserError(
-            "no document is left: " + json.dumps(content["documents"]),
-            where=str(output),
-            fix="give other inputs or loosen the filters, with another --output",
-        )
-    counts = [np.load(output / e["unigrams"]["name"], allow_pickle=False) for e in done]
-    content["unigram_entropy"] = entropy(np.sum(counts, axis=0))
-    content["fingerprint"] = fingerprint(content)
-    write_json(output / MANIFEST, content)
-    return content
-
-
-def finished_tasks(output: Path, plan: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """What the finished tasks wrote, by number.
-
-    Raises:
-        UserError: a task of another plan.
-    """
-    frozen, found = plan_digest(plan), {}
-    for path in sorted(output.glob("task-*.json")):
-        name = path.name.removeprefix("task-").removesuffix(".json")
-        if not name.isdecimal():
-            continue
-        entry = read_task(output, int(name))
-        foreign = int(name) >= plan["tasks"] or (entry is not None and entry["plan"] != frozen)
-        if foreign:
-            raise UserError(
-                f"task {int(name)} was prepared under another plan",
-                where=str(path),
-                fix="remove it, or prepare into an empty --output",
-            )
-        if entry is not None:
-            found[int(name)] = entry
-    return found
-
-
-def _problems(output: Path, plan: Mapping[str, Any], entry: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps a task out of the manifest; sizes are compared, ``verify`` reads contents."""
-    yield from record_problems(plan, entry)
-    for name, size in sizes(shards_of([entry])):
-        if problem := size_problem(output / name, size):
-            yield problem
-    if problem := file_problem(output, entry["unigrams"]):
-        yield problem
-
-
-def record_problems(plan: Mapping[str, Any], entry: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps a finished task's record out of the manifest: gaps, and work done twice."""
-    task, windows = entry["task"], entry["windows"]
-    yield from _gaps(task, windows, units_of(plan, task))
-    found = _summed(window["documents"] for window in windows)["kept"]
-    if found != entry["documents"]["kept"]:
-        yield f"task {task} kept {entry['documents']['kept']} documents, its windows {found}"
-    for index, window in enumerate(windows):
-        yield from _window_problems(task, index, window)
-
-
 def file_problem(output: Path, entry: Mapping[str, Any]) -> str:
     """How a file departs from its entry (name, bytes, sha256), or an empty string."""
     path = output / entry["name"]
@@ -183,41 +83,25 @@ def file_problem(output: Path, entry: Mapping[str, Any]) -> str:
     return "" if found == entry["sha256"] else f"{path.name} does not have its checksum"
 
 
+def duplicates_problem(output: Path, plan: Mapping[str, Any]) -> str:
+    """What is wrong with a plan's list of duplicates, or an empty string."""
+    return file_problem(output, plan["duplicates"]) if plan["duplicates"] else ""
+
+
+def restore_fix(output: Path) -> str:
+    """The command that makes a plan's list of duplicates again."""
+    command = shlex.join(["titans", "data", "plan", "--output", str(output)])
+    return f"run `{command}`: it is made again"
+
+
 def units_of(plan: Mapping[str, Any], task: int) -> int:
     """How many units are dealt to a task."""
     units = sum(entry["units"] for entry in plan["inputs"])
     return len(range(task, units, plan["tasks"]))
 
 
-def _gaps(task: int, windows: Sequence[Mapping[str, Any]], units: int) -> Iterator[str]:
-    """Windows that do not begin where the one before ended, or that end beyond the task's work."""
-    end = [0, 0]
-    for index, window in enumerate(windows):
-        if window["first"] != end:
-            kind = "leaves out" if window["first"] > end else "repeats"
-            yield f"window {index} of task {task} {kind} units: {end} to {window['first']}"
-        end = window["last"]
-        if end <= window["first"] or end > [units, 0]:
-            yield f"window {index} of task {task} ends at {end} of {units} units"
-
-
-def _window_problems(task: int, index: int, window: Mapping[str, Any]) -> Iterator[str]:
-    """Shards of other tasks or windows, or with other counts than the window's."""
-    stem = f"{task:05d}-{index:05d}.tar"
-    held_out = window["documents"].get("held_out", 0)
-    for kind, name, expected in (
-        ("shard", stem, window["documents"]["kept"] - held_out),
-        ("held_out", f"held-out-{stem}", held_out),
-    ):
-        shard = window[kind]
-        if shard is not None and (shard["name"], shard["task"]) != (name, task):
-            yield f"window {index} of task {task} has the shard {shard['name']} of another"
-        found = shard["documents"] if shard else 0
-        if found != expected:
-            yield f"{name} has {found} documents, its window {expected}"
-
-
-def _summed(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+def summed(counts: Iterable[Mapping[str, int]]) -> Counter[str]:
+    """Counts of documents, added up by name."""
     total: Counter[str] = Counter()
     for each in counts:
         total.update(each)
@@ -239,7 +123,7 @@ def described(plan: Mapping[str, Any], done: Sequence[Mapping[str, Any]]) -> dic
         "format": schema.FORMAT,
         "tokens": sum(shard["tokens"] for shard in shards),
         "held_out_tokens": sum(shard["tokens"] for shard in held_out),
-        "documents": dict(_summed(entry["documents"] for entry in done)),
+        "documents": dict(summed(entry["documents"] for entry in done)),
         "vocab_size": plan["vocab_size"],
         "eos_id": plan["eos_id"],
         "bos_id": plan["bos_id"],
@@ -322,10 +206,18 @@ def sizes(shards: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int]]:
 
 def size_problem(path: Path, size: int) -> str:
     """What is wrong with a file that should have ``size`` bytes, or an empty string."""
-    if not path.exists():
-        return f"{path.name} is missing"
-    found = path.stat().st_size
-    return "" if found == size else f"{path.name} has {found} bytes instead of {size}"
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        found = None
+    return listed_problem(path.name, size, found)
+
+
+def listed_problem(name: str, size: int, found: int | None) -> str:
+    """What is wrong with a file that was found with so many bytes, or not (None)."""
+    if found is None:
+        return f"{name} is missing"
+    return "" if found == size else f"{name} has {found} bytes instead of {size}"
 
 
 def redo(output: Path, task: int, *more: int) -> str:

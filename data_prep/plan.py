@@ -19,7 +19,7 @@ from data_prep import duplicates, estimate, manifest, schema
 from data_prep import inputs as origin
 from data_prep.inputs import Input
 from data_prep.manifest import read_plan
-from data_prep.output import alone, write_json, writing
+from data_prep.output import alone, write_json, write_json_once, writing
 from data_prep.settings import Settings
 from data_prep.sources import Layout, layout, shuffled
 from data_prep.tokenizer import Tokenizer
@@ -125,7 +125,7 @@ def freeze(
                 units = Plan(content, ordered).units()
                 content["duplicates"] = duplicates.find(units, settings, output, workers)
             _copy_tokenizer(tokenizer, output)
-            write_json(path, content)
+            write_json_once(path, content)
         frozen = read_plan(output)
         new = {
             "settings": asdict(settings),
@@ -166,12 +166,47 @@ def require(
     _refuse(difference(frozen, new), output)
 
 
-def load(output: Path) -> tuple[Plan, Tokenizer]:
+def load(output: Path, *, task: int | None = None) -> tuple[Plan, Tokenizer]:
     """A frozen plan, its inputs where it found them, and the tokenizer copied beside it.
 
+    Args:
+        output: the directory.
+        task: look only at the inputs that this task reads; None: at all.
+
     Raises:
-        UserError: no plan, an input that is gone or has changed, or another tokenizer.
+        UserError: no plan, an input that is gone or has changed, another tokenizer, or a damaged
+            list of duplicates.
     """
+    plan, tokenizer = _opened(output, task)
+    if problem := manifest.duplicates_problem(output, plan.content):
+        raise UserError(problem, where=str(output), fix=manifest.restore_fix(output))
+    return plan, tokenizer
+
+
+def restore(output: Path, *, workers: int | None = None) -> None:
+    """Make a frozen plan's list of duplicates again if it is gone or damaged.
+
+    Args:
+        output: the directory.
+        workers: processes that look for duplicates; None: one a core.
+
+    Raises:
+        UserError: it does not come out as recorded, or what ``load`` refuses.
+    """
+    recorded = read_plan(output)["duplicates"]
+    if not manifest.duplicates_problem(output, {"duplicates": recorded}):
+        return
+    plan, _ = _opened(output)
+    with alone(output):
+        if duplicates.find(plan.units(), plan.settings(), output, workers) != recorded:
+            raise UserError(
+                f"{recorded['name']}, made again, is not as recorded: the input changed",
+                where=str(output),
+                fix="put the input back, or prepare into another --output",
+            )
+
+
+def _opened(output: Path, task: int | None = None) -> tuple[Plan, Tokenizer]:
     content = read_plan(output)
     tokenizer = Tokenizer(output / manifest.TOKENIZER)
     if tokenizer.sha256 != content["tokenizer_sha256"]:
@@ -180,15 +215,22 @@ def load(output: Path) -> tuple[Plan, Tokenizer]:
             where=str(tokenizer.path),
             fix=f"copy back the model with sha256 {content['tokenizer_sha256']}",
         )
-    places = tuple(inputs_of(content))
-    for entry, found in zip(content["inputs"], _each(_seen, places), strict=True):
-        if found not in ((entry["size"], entry.get("sha256")), None):
+    plan = Plan(content, tuple(inputs_of(content)))
+    read = plan.inputs if task is None else _of_task(plan, task)
+    seen = dict(zip(read, _each(_seen, read), strict=True))
+    for entry, item in zip(content["inputs"], plan.inputs, strict=True):
+        if seen.get(item) not in ((entry["size"], entry.get("sha256")), None):
             raise UserError(
                 f"the planned input {entry['name']} has other content now",
                 where=entry["url"],
                 fix="put the file back, or prepare into another --output",
             )
-    return Plan(content, places), tokenizer
+    return plan, tokenizer
+
+
+def _of_task(plan: Plan, task: int) -> list[Input]:
+    """The inputs in which a task's units lie."""
+    return list(dict.fromkeys(item for _, item, _, _ in plan.task_units(task)))
 
 
 def inputs_of(content: Mapping[str, Any]) -> list[Input]:

@@ -4,14 +4,16 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from titans_pretrain.errors import TitansError
 from titans_pretrain.files import write_json
 
-LIVE_SECONDS, LINE_SECONDS, FILE_SECONDS = 0.5, 10.0, 5.0
+BEAT_SECONDS, LIVE_SECONDS, LINE_SECONDS, FILE_SECONDS = 0.5, 0.5, 10.0, 5.0
 PROGRESS = ".progress"
 
 
@@ -23,7 +25,8 @@ def progress_file(output: Path, task: int) -> Path:
 class Progress:
     """Units done, rate and time left of one task.
 
-    The file is for people alone: where it cannot be written the work goes on.
+    As a context manager it tells them while its block runs, whatever the block waits for. The file
+    is for people alone: where it cannot be written the work goes on.
 
     Args:
         output: the directory prepared into.
@@ -45,12 +48,30 @@ class Progress:
         self._shown = self._begun
         self._live = sys.stderr.isatty()
         self._told = -FILE_SECONDS
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat_on, daemon=True)
         self._tell("running")
 
+    def __enter__(self) -> "Progress":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _beat_on(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            self.beat()
+
     def update(self, done: int, tokens: int, documents: int) -> None:
-        """Tell where the task is: units, tokens and documents, earlier runs' included."""
+        """Note where the task is: units, tokens and documents, earlier runs' included."""
         self._done, self._tokens, self._documents = done, tokens, documents
-        self.beat()
 
     def beat(self) -> None:
         """Tell that the task lives, now and then."""

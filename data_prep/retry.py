@@ -25,8 +25,13 @@ PASSING_KINDS = {
     "httpcore.TimeoutException",
     "httpx.TransportError",
     "httpx2.TransportError",
+    "requests.ChunkedEncodingError",
+    "requests.ConnectionError",
+    "requests.Timeout",
+    "urllib.URLError",
     "urllib3.HTTPError",
 }
+PASSING_ERRORS = (ConnectionError, EOFError, TimeoutError)
 LASTING_ERRORS = (
     FileExistsError,
     FileNotFoundError,
@@ -83,10 +88,10 @@ def can_pass(error: BaseException) -> bool:
             return status in PASSING_STATUS
         if isinstance(cause, LASTING_ERRORS) or not LASTING_KINDS.isdisjoint(_kinds(cause)):
             return False
-        if isinstance(cause, OSError):
-            return cause.errno not in LASTING_NUMBERS and not isinstance(cause, ValueError)
-        if isinstance(cause, EOFError) or not PASSING_KINDS.isdisjoint(_kinds(cause)):
+        if isinstance(cause, PASSING_ERRORS) or not PASSING_KINDS.isdisjoint(_kinds(cause)):
             return True
+        if isinstance(cause, OSError):
+            return cause.errno is not None and cause.errno not in LASTING_NUMBERS
     return False
 
 

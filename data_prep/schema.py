@@ -176,10 +176,11 @@ WINDOW = {
     "held_out": _maybe(SHARD),
 }
 PARTIAL = {"task": _count, "plan": _digest, "documents": _counts, "windows": [WINDOW]}
-TASK = {**PARTIAL, "unigrams": FILE}
+TAIL = {"first": _place, "last": _place, "documents": _counts}
+TASK = {**PARTIAL, "tail": TAIL, "unigrams": FILE}
 PROGRESS = {
     **dict.fromkeys(("units_done", "units", "tokens", "documents", "pid"), _count),
-    **dict.fromkeys(("updated", "rate"), _number),
+    "rate": _number,
     "host": str,
     "state": lambda value: value in ("running", "failed"),
     "error": _maybe(str),

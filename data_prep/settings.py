@@ -49,7 +49,10 @@ class Settings:
     seed: int = 0
     """Seed of the order of units and documents."""
     shard_bytes: int = 2**29
-    """A shard ends with the batch of rows that reaches this many bytes of tokens."""
+    """A shard ends with the batch of rows that reaches this many bytes in memory.
+
+    These are tokens, masks and what is noted of each document.
+    """
     member_tokens: int = MEMBER_TOKENS
     """Tokens per tar member."""
 

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
+from numpy.typing import NDArray
 
 from data_prep import inputs, rows, spool
 from data_prep.inputs import Input
@@ -27,9 +28,14 @@ from data_prep.rows import Row as Row
 from titans_pretrain.errors import UserError
 
 ROWS = 1000  # of a unit of jsonl, and at most of a batch
+BATCH_CHARACTERS = 2**23  # a batch ends with the row that reaches them
+COLUMN_BYTES = 2**20  # of columns turned into rows at a time, as far as their sizes are known
+LINE_BYTES = 2**23  # of lines read at a time
 OPEN_FILES = 16
 READERS = 32  # files looked at, at the same time
-PARQUET_BUFFER = 2**20  # bytes read ahead of a column; a whole column of a row group otherwise
+PARQUET_BUFFER = 2**20  # bytes read ahead of a column
+REMOTE_BUFFER = 2**23  # the same, where each read is a request
+WHOLE_GROUP = 2**28  # bytes of a remote row group that may be fetched at once
 ARROW_FILE = b"ARROW1"
 ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
@@ -48,23 +54,33 @@ class Layout:
 
 
 def documents(items: Sequence[Input], columns: Columns) -> Iterator[str]:
-    """The texts of all inputs, units in a fixed random order, so that any start is a sample."""
-    shapes = layouts(items)
-    units = [
-        (item, shape, unit)
-        for item, shape in zip(items, shapes, strict=True)
-        for unit in range(shape.units)
-    ]
+    """The texts of all inputs in a fixed random order, so that any start is a sample.
+
+    Some files are drawn and their units shuffled, then the next: whoever stops early reads few.
+    """
+    drawn = [items[index] for index in shuffled(len(items), 0)]
     with Reader(columns) as reader:
-        for index in shuffled(len(units), 0):
-            for batch in reader.rows(*units[index]):
-                yield from (row.prompt + row.text for row in batch if not row.problem)
+        for first in range(0, len(drawn), READERS):
+            some = drawn[first : first + READERS]
+            units = [
+                (item, shape, unit)
+                for item, shape in zip(some, layouts(some), strict=True)
+                for unit in range(shape.units)
+            ]
+            for index in shuffled(len(units), 1, first):
+                for batch in reader.rows(*units[index]):
+                    yield from (row.prompt + row.text for row in batch if not row.problem)
 
 
 def shuffled(count: int, *key: int) -> list[int]:
+    """``permutation`` as a list."""
+    return permutation(count, *key).tolist()
+
+
+def permutation(count: int, *key: int) -> NDArray[np.int64]:
     """A permutation of ``range(count)`` that depends on the key alone, on any numpy."""
     bits = np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
-    return np.argsort(bits, kind="stable").tolist()
+    return np.argsort(bits, kind="stable")
 
 
 def layouts(items: Sequence[Input]) -> list[Layout]:
@@ -156,45 +172,57 @@ class Reader:
         self._own.close()
 
     def rows(self, item: Input, shape: Layout, unit: int) -> Iterator[list[Row]]:
-        """A unit's rows, at most 1000 at a time.
+        """A unit's rows, at most 1000 at a time, and fewer where texts are long.
 
         Raises:
             UserError: a damaged file, a missing column, or a row that cannot be read (text that
                 is no UTF-8, invalid JSON) where bad rows stop.
         """
+        batch: list[Row] = []
+        characters = 0
+        for row in self._each_row(item, shape, unit):
+            batch.append(row)
+            characters += len(row.text) + len(row.prompt)
+            if len(batch) == ROWS or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
+            yield batch
+
+    def _each_row(self, item: Input, shape: Layout, unit: int) -> Iterator[Row]:
         kind = inputs.kind(item.url)
         if kind == "parquet":
-            yield from self._parquet_rows(item, unit)
-        elif kind == "arrow":
-            yield from self._arrow_rows(item, shape, unit)
-        elif kind == "jsonl":
-            yield self._jsonl_rows(item, shape, unit)
-        else:
-            yield [self._txt_row(item)]
+            return self._parquet_rows(item, unit)
+        if kind == "arrow":
+            return self._arrow_rows(item, shape, unit)
+        if kind == "jsonl":
+            return self._jsonl_rows(item, shape, unit)
+        return self._txt_row(item)
 
-    def _parquet_rows(self, item: Input, unit: int) -> Iterator[list[Row]]:
+    def _parquet_rows(self, item: Input, unit: int) -> Iterator[Row]:
         with _readable(item):
-            file = self._kept(item, lambda: _parquet(item))
-            names = rows.known(file.schema_arrow)
+            file = self._kept(item, lambda: _Parquet(item))
         for name in self.columns.required():
-            if name not in names:
-                raise rows.no_column(name, names, item.url)
-        wanted = [name for name in self.columns.wanted() if name in names]
-        batches = file.iter_batches(ROWS, row_groups=[unit], columns=wanted, use_threads=False)
+            if name not in file.names:
+                raise rows.no_column(name, file.names, item.url)
+        wanted = [name for name in self.columns.wanted() if name in file.names]
+        with _readable(item):
+            batches = file.batches(unit, wanted)
         first = 0
         while True:
             with _readable(item):
                 batch = next(batches, None)
             if batch is None:
                 return
-            yield self._rows(batch, item, unit, first)
+            yield from self._rows(batch, item, unit, first)
             first += batch.num_rows
 
-    def _arrow_rows(self, item: Input, shape: Layout, unit: int) -> Iterator[list[Row]]:
+    def _arrow_rows(self, item: Input, shape: Layout, unit: int) -> Iterator[Row]:
         with _readable(item):
             batch = self._kept(item, lambda: _Arrow(item, shape)).batch(unit)
-        for first in range(0, batch.num_rows, ROWS):
-            yield self._rows(batch.slice(first, ROWS), item, unit, first)
+        size = _at_a_time(batch.num_rows, batch.nbytes)
+        for first in range(0, batch.num_rows, size):
+            yield from self._rows(batch.slice(first, size), item, unit, first)
 
     def _rows(self, batch: pa.RecordBatch, item: Input, unit: int, first: int) -> list[Row]:
         def where(index: int) -> str:
@@ -202,29 +230,49 @@ class Reader:
 
         return rows.from_batch(batch, self.columns, item.url, where)
 
-    def _jsonl_rows(self, item: Input, shape: Layout, unit: int) -> list[Row]:
-        end = shape.starts[unit + 1] if unit + 1 < len(shape.starts) else None
-        with _readable(item):
-            handle = self._kept(item, lambda: self._lines(item))
-            handle.seek(shape.starts[unit])
-            content = handle.read(-1 if end is None else end - shape.starts[unit])
-
+    def _jsonl_rows(self, item: Input, shape: Layout, unit: int) -> Iterator[Row]:
         def where(index: int) -> str:
             return f"{item.url}:{unit * ROWS + 1 + index}"
 
-        lines = content.removesuffix(b"\n").split(b"\n")
-        return [
-            rows.from_line(line, self.columns, where, index) for index, line in enumerate(lines)
-        ]
+        for index, line in enumerate(self._unit_lines(item, shape, unit)):
+            yield rows.from_line(line, self.columns, where, index)
 
-    def _txt_row(self, item: Input) -> Row:
+    def _unit_lines(self, item: Input, shape: Layout, unit: int) -> Iterator[bytes]:
+        """A unit's lines without their ends, a few MiB of them in memory."""
+        position = shape.starts[unit]
+        end = shape.starts[unit + 1] if unit + 1 < len(shape.starts) else None
+        with _readable(item):
+            handle = self._kept(item, lambda: self._lines(item))
+        begun: list[bytes] = []  # a line of which the end has not been read
+        while position != end:
+            with _readable(item):
+                handle.seek(position)
+                left = LINE_BYTES if end is None else end - position
+                content = handle.read(min(LINE_BYTES, left))
+                if not content and end is not None:
+                    raise EOFError(f"it ends before byte {end}")
+            if not content:
+                break
+            position += len(content)
+            first, *others = content.split(b"\n")
+            begun.append(first)
+            if others:
+                yield b"".join(begun)
+                yield from others[:-1]
+                begun = [others[-1]]
+        if last := b"".join(begun):
+            yield last
+
+    def _txt_row(self, item: Input) -> Iterator[Row]:
         with _readable(item), inputs.open_file(item) as handle:
             content = handle.read()
-        return rows.from_bytes(content, item.name, self.columns, item.url)
+        yield rows.from_bytes(content, item.name, self.columns, item.url)
 
     def _lines(self, item: Input) -> IO[bytes]:
         if not spool.is_packed(item):
             return inputs.open_file(item)
+        for url in [url for url in self._open if url.endswith(spool.PACKED)]:
+            self._open.pop(url).close()  # a removed file keeps its disk space while it is open
         if self._spool is None:
             self._spool = self._own.enter_context(spool.shared())
         return spool.unpacked(self._spool, item)
@@ -260,11 +308,47 @@ class _Arrow:
         self._handle.close()
 
 
-def _parquet(item: Input) -> pq.ParquetFile:
-    """Of a remote file a row group's columns are fetched together, of a local one bit by bit."""
-    if inputs.is_remote(item.url):
-        return pq.ParquetFile(_native(item), pre_buffer=True)
-    return pq.ParquetFile(_native(item), pre_buffer=False, buffer_size=PARQUET_BUFFER)
+class _Parquet:
+    """An open parquet file and its footer.
+
+    Attributes:
+        names: of the columns, those within structs dotted.
+    """
+
+    def __init__(self, item: Input) -> None:
+        self._handle = _native(item)
+        self._remote = inputs.is_remote(item.url)
+        self._footer = pq.ParquetFile(self._handle).metadata
+        self.names = rows.known(self._footer.schema.to_arrow_schema())
+
+    def batches(self, unit: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """A row group's columns; what was fetched of them is dropped with the last batch.
+
+        Of a remote file they are fetched together, unless they are large; of a local one bit by
+        bit.
+        """
+        group = self._footer.row_group(unit)
+        inside = tuple(f"{name}." for name in columns)
+        chunks = [
+            chunk
+            for chunk in map(group.column, range(group.num_columns))
+            if chunk.path_in_schema in columns or chunk.path_in_schema.startswith(inside)
+        ]
+        whole = self._remote and sum(one.total_compressed_size for one in chunks) <= WHOLE_GROUP
+        buffer = 0 if whole else REMOTE_BUFFER if self._remote else PARQUET_BUFFER
+        file = pq.ParquetFile(
+            self._handle, metadata=self._footer, pre_buffer=whole, buffer_size=buffer
+        )
+        size = _at_a_time(group.num_rows, sum(one.total_uncompressed_size for one in chunks))
+        yield from file.iter_batches(size, row_groups=[unit], columns=columns, use_threads=False)
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+def _at_a_time(count: int, size: int) -> int:
+    """How many of ``count`` rows of ``size`` bytes to take at a time."""
+    return max(1, min(ROWS, count * COLUMN_BYTES // max(size, 1)))
 
 
 def _native(item: Input) -> pa.NativeFile:

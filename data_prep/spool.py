@@ -30,6 +30,7 @@ from titans_pretrain.errors import TitansError
 KEPT = 256
 BLOCK, READ_AHEAD = 2**20, 2**23  # bytes unpacked, and fetched, at a time
 WINDOW = 2**31  # bytes back that zstd may refer to, as of `zstd --long=31`
+SKIPPABLE, REPEATED_BYTE, CHECKSUM = 0x184D2A50, 1, 4  # of RFC 8878
 PACKED = (".gz", ".zst")
 ALIVE = "alive.lock"
 
@@ -97,8 +98,11 @@ def blocks(item: Input) -> Iterator[bytes]:
     """The file's content, unpacked, in blocks of about a MiB.
 
     Raises:
+        EOFError: a compressed file ends too early.
         Exception: the file cannot be read, as its library says it.
     """
+    if is_packed(item) and not item.size:
+        raise EOFError("the file is empty, even no text has some bytes when compressed")
     with (
         inputs.open_file(item) as stored,
         io.BufferedReader(cast(io.RawIOBase, stored), READ_AHEAD) as handle,
@@ -117,16 +121,37 @@ def _read_on(stream: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
 
 
 def _zst_blocks(packed: IO[bytes]) -> Iterator[bytes]:
-    """All frames; zstandard's own reader takes a cut file for a whole one."""
-    frame = None
-    for chunk in _read_on(packed):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj()
-            yield frame.decompress(chunk)
-            chunk = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame is not None:
+    """All frames; zstandard's own reader takes a cut file for a whole one.
+
+    A block of zstd holds at most 128 KiB, but 4 stored bytes may tell them all: blocks are unpacked
+    one by one, so that memory does not grow with the ratio.
+    """
+    while start := packed.read(4):
+        if int.from_bytes(start, "little") & ~0xF == SKIPPABLE:
+            size = int.from_bytes(_exactly(packed, 4), "little")
+            for first in range(0, size, BLOCK):
+                _exactly(packed, min(BLOCK, size - first))
+        else:
+            yield from _zst_frame(start + _exactly(packed, 1), packed)
+
+
+def _zst_frame(start: bytes, packed: IO[bytes]) -> Iterator[bytes]:
+    """The blocks of a frame, of which the first 5 bytes are read."""
+    frame = zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj()
+    frame.decompress(start + _exactly(packed, zstandard.frame_header_size(start) - len(start)))
+    while not frame.eof:
+        header = _exactly(packed, 3)
+        last, kind, size = header[0] & 1, header[0] >> 1 & 3, int.from_bytes(header, "little") >> 3
+        stored = 1 if kind == REPEATED_BYTE else size
+        checksum = 4 if last and start[4] & CHECKSUM else 0
+        yield frame.decompress(header + _exactly(packed, stored + checksum))
+
+
+def _exactly(packed: IO[bytes], size: int) -> bytes:
+    content = packed.read(size)
+    if len(content) < size:
         raise EOFError("the file ends inside a zstd frame")
+    return content
 
 
 def _unpack(item: Input, part: Path) -> None:

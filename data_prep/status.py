@@ -1,7 +1,10 @@
 """``titans data status``: how far each task and the whole array are."""
 
 import json
+import os
+import shlex
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import manifest, schema
-from data_prep.forecast import amount, duration
+from data_prep.forecast import amount, duration, kept_share
 from data_prep.progress import progress_file
 from titans_pretrain.errors import UserError
 
@@ -31,11 +34,23 @@ def show(output: Path, *, as_json: bool = False, watch: int | None = None) -> No
     """
     clear = "\x1b[H\x1b[2J" if watch and sys.stdout.isatty() and not as_json else ""
     while True:
-        told = facts(output, time.time())
+        told = facts(output, file_clock(output))
         print(clear + (json.dumps(told) if as_json else text(told)), flush=True)
         if not watch or told["states"]["finished"] == len(told["tasks"]):
             return
         time.sleep(watch)
+
+
+def file_clock(output: Path) -> float:
+    """The time that a file written now gets, seconds since 1970; this host's if none can be.
+
+    Tasks on other hosts have other clocks; the times of their files are all the file server's.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=output) as handle:
+            return os.fstat(handle.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def facts(output: Path, now: float) -> dict[str, Any]:
@@ -43,7 +58,7 @@ def facts(output: Path, now: float) -> dict[str, Any]:
 
     Args:
         output: the directory prepared into.
-        now: the time, seconds since 1970.
+        now: the time by the file server's clock, seconds since 1970.
 
     Raises:
         UserError: no plan.
@@ -53,6 +68,10 @@ def facts(output: Path, now: float) -> dict[str, Any]:
     tasks = [_task(output, plan, digest, task, now) for task in range(plan["tasks"])]
     stopped = [task["task"] for task in tasks if task["state"] in ("silent", "failed")]
     states = Counter(task["state"] for task in tasks)
+    merged = (output / manifest.MANIFEST).exists()
+    redo = manifest.redo_command(output, stopped) if stopped else None
+    if states["finished"] == len(tasks) and not merged:
+        redo = shlex.join(["titans", "data", "merge", "--output", str(output)])
     total: dict[str, Any] = {
         key: sum(task[key] for task in tasks)
         for key in ("units", "units_done", "tokens", "documents", "rate")
@@ -62,9 +81,9 @@ def facts(output: Path, now: float) -> dict[str, Any]:
         "states": {state: states[state] for state in STATES},
         **total,
         "eta": _eta(total),
-        "expected_tokens": plan["expected"]["tokens"],
-        "merged": (output / manifest.MANIFEST).exists(),
-        "redo": manifest.redo_command(output, stopped) if stopped else None,
+        "expected_tokens": round(plan["expected"]["tokens"] * kept_share(plan)),
+        "merged": merged,
+        "redo": redo,
         "tasks": tasks,
     }
 
@@ -92,8 +111,8 @@ def _task(
         "silent_for": None,
         "error": None,
     }
-    own = _own_word(progress_file(output, task))
-    word = _running(own, now) if own else {}
+    own, written = _own_word(progress_file(output, task))
+    word = _running(own, now - written) if own else {}
     if own and (told["state"] != "finished" or word["state"] == "running"):
         told |= word | {key: max(own[key], told[key]) for key in GROWING}
     return told | {"eta": _eta(told)}
@@ -103,18 +122,19 @@ def _units_done(entry: Mapping[str, Any] | None) -> int:
     return entry["windows"][-1]["last"][0] if entry and entry["windows"] else 0
 
 
-def _own_word(path: Path) -> dict[str, Any] | None:
-    """What a running task last told; None if nothing, or nothing that can be read."""
+def _own_word(path: Path) -> tuple[dict[str, Any] | None, float]:
+    """What a running task last told, and when; None if nothing, or nothing that can be read."""
     try:
+        written = path.stat().st_mtime
         own = schema.read_json(path, fix="")
-    except UserError:
-        return None
-    return None if schema.misfit(own, schema.PROGRESS) else own
+    except (OSError, UserError):
+        return None, 0.0
+    return (None if schema.misfit(own, schema.PROGRESS) else own), written
 
 
-def _running(own: Mapping[str, Any], now: float) -> dict[str, Any]:
+def _running(own: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """A task's own word, or that it has said nothing for too long."""
-    silent_for = max(0.0, now - own["updated"])
+    silent_for = max(0.0, seconds)
     state = own["state"]
     if state == "running" and silent_for > SILENT_SECONDS:
         state = "silent"

@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep import manifest, plan, progress, spool
+from data_prep import manifest, merge, plan, progress, spool
 from data_prep.batch import COUNTS, Encoding, Span, Work
 from data_prep.output import write_json, writing
 from data_prep.plan import Plan
@@ -31,8 +30,6 @@ from data_prep.window import Window, WindowWriter, npy
 from data_prep.workers import Workers, default_workers
 from titans_pretrain.errors import UserError
 from titans_pretrain.files import remove_abandoned, sha256_file
-
-BEAT_SECONDS = 1.0
 
 
 def prepare(
@@ -61,18 +58,14 @@ def prepare(
         UserError: no such task, bad input, or an input that is not as it was.
         TitansError: a file cannot be written, or a worker died.
     """
-    frozen, tokenizer = plan.load(output)
+    frozen, tokenizer = plan.load(output, task=task)
     if not 0 <= task < frozen.tasks:
         raise UserError(
             f"task {task} of {frozen.tasks}", where="--task", fix=f"use 0 to {frozen.tasks - 1}"
         )
+    merge.forget_other(output, frozen.content, task)
     _Task(output, frozen, tokenizer, task, encoder, workers, say).complete()
-    others = range(frozen.tasks)
-    if not all(manifest.task_file(output, other).exists() for other in others):
-        return None
-    if not all(manifest.read_task(output, other) for other in others):
-        return None
-    return manifest.merge(output)
+    return merge.complete(output)
 
 
 class _Task:
@@ -122,29 +115,36 @@ class _Task:
             tokens=sum(shard["tokens"] for shard in self._shards()),
         )
         try:
-            self._do(damaged, finished)
+            with self.progress:
+                done = self._do(damaged, finished)
         except BaseException as error:
             self.progress.fail(error)
             raise
+        if not done:
+            self.complete()
+            return
+        self.progress.end()
+        self._clear()
 
-    def _do(self, damaged: Sequence[int], finished: Mapping[str, Any] | None) -> None:
+    def _do(self, damaged: Sequence[int], finished: Mapping[str, Any] | None) -> bool:
+        """Finish the task; False where another process has finished it meanwhile."""
         with self._encoding() as encoding:
             for index in damaged:
                 self._mend(encoding, index)
             self.unigrams = self._counted()
-            documents = finished["documents"] if finished else self._go_on(encoding)
-        if documents is None:
-            self.complete()
-            return
+            tail = finished["tail"] if finished else self._go_on(encoding)
+        if tail is None:
+            return False
         path = self.output / f"task-{self.task:05d}.unigrams.npy"
         content = npy(self.unigrams)
         with writing(path) as handle:
             handle.write(content)
         counts = {"name": path.name, "bytes": len(content), "sha256": sha256_file(path)}
-        entry = self._journal(documents) | {"unigrams": counts}
+        documents = self._totals()
+        documents.update(tail["documents"])
+        entry = self._journal(documents) | {"tail": tail, "unigrams": counts}
         write_json(manifest.task_file(self.output, self.task), entry)
-        self.progress.end()
-        self._clear()
+        return True
 
     @contextlib.contextmanager
     def _encoding(self) -> Iterator["Encoding | Workers"]:
@@ -160,9 +160,11 @@ class _Task:
     def _recorded(
         self, read: Callable[[Path, int], dict[str, Any] | None]
     ) -> dict[str, Any] | None:
-        """What an earlier run under this plan recorded."""
+        """What an earlier run under this plan recorded, if it is without gaps."""
         entry = read(self.output, self.task)
-        return entry if entry is not None and entry["plan"] == self.plan.digest else None
+        if entry is None or entry["plan"] != self.plan.digest:
+            return None
+        return None if any(merge.record_problems(self.plan.content, entry)) else entry
 
     def _shards(self) -> list[dict[str, Any]]:
         return manifest.shards_of([{"windows": self.windows}])
@@ -191,7 +193,6 @@ class _Task:
         window = Window([unit, start])
         for span, batch_index, batch in encoding.batches(spans):
             window.add(span.unit, batch_index, batch)
-            self.progress.beat()
         self.windows[index] = self.writer.write(index, window, recorded).entry
 
     def _counted(self) -> NDArray[np.int64]:
@@ -212,11 +213,12 @@ class _Task:
         unit, batch = self.windows[-1]["last"] if self.windows else (0, 0)
         return unit, batch
 
-    def _go_on(self, encoding: "Encoding | Workers") -> dict[str, int] | None:
+    def _go_on(self, encoding: "Encoding | Workers") -> dict[str, Any] | None:
         """Do all units after the last recorded window.
 
         Returns:
-            Counts of the task's documents, or None if another process finished the task meanwhile.
+            What follows the last window: bounds and counts of rows that are all dropped; None if
+            another process finished the task meanwhile.
         """
         unit, start = self._next()
         spans = [Span(place) for place in range(unit, len(self.work.units))]
@@ -232,18 +234,17 @@ class _Task:
                 tokens, documents = tokens + len(batch.ids), documents + len(batch.lengths)
                 self.progress.update(span.unit, tokens, documents)
                 if window.bytes >= self.settings.shard_bytes:
-                    self._await(writing)
+                    writing.result()
                     if self._recorded(manifest.read_task):
                         return None
                     writing = pool.submit(self._write, window)
                     window = Window(window.last)
-            self._await(writing)
+            writing.result()
             if window.batches:
-                self._await(pool.submit(self._write, window))
+                self._write(window)
                 window = Window(window.last)
-        total = self._totals()
-        total.update(window.counts)
-        return dict(total)
+        end = [len(self.work.units), 0]
+        return {"first": window.first, "last": end, "documents": dict(window.counts)}
 
     def _write(self, window: Window) -> None:
         """Write the next window, then the journal that names it; runs beside the encoding."""
@@ -251,12 +252,6 @@ class _Task:
         self.unigrams += written.unigrams
         self.windows.append(written.entry)
         write_json(manifest.partial_file(self.output, self.task), self._journal(self._totals()))
-
-    def _await(self, writing: "Future[None]") -> None:
-        while not writing.done():
-            wait_for([writing], BEAT_SECONDS)
-            self.progress.beat()
-        writing.result()
 
     def _totals(self) -> Counter[str]:
         """Counts of the documents of the recorded windows."""

@@ -1,11 +1,12 @@
 """``titans data verify``: is a prepared directory whole, and what has to be done again if not."""
 
 import os
+import re
 import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_prep import manifest
+from data_prep import manifest, merge
 from data_prep.forecast import duration, size
 from data_prep.tar import BlockSums, TarStream
 from titans_pretrain.errors import UserError
@@ -69,42 +70,73 @@ def verify(directory: Path, *, workers: int | None = None) -> dict[str, Any]:
 
 def _content(directory: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The manifest, or as much of it as is finished; what is wrong besides the shards."""
-    plan = manifest.read_plan(directory) if (directory / manifest.PLAN).exists() else None
-    entries = manifest.finished_tasks(directory, plan) if plan else {}
-    problems = list(_task_problems(directory, plan, entries)) if plan else []
-    told = manifest.described(plan, list(entries.values())) if plan else {}
-    if plan and not (directory / manifest.MANIFEST).exists():
-        if not entries:
-            fix = manifest.redo(directory, 0)
-            raise UserError("no task is finished", where=str(directory), fix=fix)
+    if not (directory / manifest.PLAN).exists():
+        content = manifest.load(directory / manifest.MANIFEST)
+        return content, list(_manifest_problems(directory, content, set()))
+    plan = manifest.read_plan(directory)
+    entries = merge.finished_tasks(directory, plan)
+    merged = (directory / manifest.MANIFEST).exists()
+    if not entries and not merged:
+        fix = manifest.redo(directory, 0)
+        raise UserError("no task is finished", where=str(directory), fix=fix)
+    by_task = dict(_task_problems(directory, plan, entries, merged=merged))
+    problems = [problem for found in by_task.values() for problem in found]
+    if what := manifest.duplicates_problem(directory, plan):
+        problems.append(Problem(what, manifest.restore_fix(directory)))
+    told, whole = manifest.described(plan, list(entries.values())), len(entries) == plan["tasks"]
+    if not merged:
+        if whole:
+            what = "all tasks are finished, but manifest.json is missing"
+            problems.append(Problem(what, _merge(directory)))
         return told | {"finished": sorted(entries)}, problems
     content = manifest.load(directory / manifest.MANIFEST)
-    if plan and len(entries) == plan["tasks"] and not told.items() <= content.items():
+    if whole and not told.items() <= content.items():
         problems.append(Problem("manifest.json is not what the tasks wrote", _merge(directory)))
-    return content, problems + list(_manifest_problems(directory, content))
+    redone = {task for task in by_task if task < plan["tasks"]}
+    return content, problems + list(_manifest_problems(directory, content, redone))
 
 
 def _task_problems(
-    directory: Path, plan: Mapping[str, Any], entries: Mapping[int, Mapping[str, Any]]
+    directory: Path,
+    plan: Mapping[str, Any],
+    entries: Mapping[int, Mapping[str, Any]],
+    *,
+    merged: bool,
+) -> Iterator[tuple[int, list[Problem]]]:
+    """Tasks whose record or counts are wrong, of another plan, or, after the merge, missing."""
+    foreign = dict(merge.foreign_tasks(directory, plan))
+    for task in sorted({*range(plan["tasks"]), *foreign}):
+        found: list[str] = []
+        if task in foreign:
+            found = [foreign[task]]
+        elif task in entries:
+            found = [*merge.record_problems(plan, entries[task])]
+            found += filter(None, [manifest.file_problem(directory, entries[task]["unigrams"])])
+        elif merged:
+            found = [f"{manifest.task_file(directory, task).name} is missing or damaged"]
+        if found:
+            fix = merge.foreign_fix(directory, plan, task)
+            yield task, [Problem(what, fix) for what in found]
+
+
+def _manifest_problems(
+    directory: Path, content: Mapping[str, Any], redone: Container[int]
 ) -> Iterator[Problem]:
-    """What is wrong with the tasks' records and counts, and with the list of duplicates."""
-    for task, entry in entries.items():
-        found = [*manifest.record_problems(plan, entry)]
-        found += filter(None, [manifest.file_problem(directory, entry["unigrams"])])
-        yield from (Problem(what, manifest.redo(directory, task)) for what in found)
-    if plan["duplicates"] and (what := manifest.file_problem(directory, plan["duplicates"])):
-        remove = shlex.join(["rm", str(directory / manifest.PLAN)])
-        yield Problem(what, f"run `{remove}`, then the first command again: it is made anew")
+    """Tars that the manifest lacks, sums that do not add up.
 
-
-def _manifest_problems(directory: Path, content: Mapping[str, Any]) -> Iterator[Problem]:
-    """Tars that the manifest lacks, sums that do not add up."""
+    Args:
+        directory: the prepared directory.
+        content: the manifest.
+        redone: tasks to be done again, which may need the tars that the manifest lacks.
+    """
     shards = [*content["shards"], *content["held_out"]]
     known = {shard["name"] for shard in shards}
     for extra in sorted(path.name for path in directory.glob("*.tar")):
         if extra not in known:
-            remove = shlex.join(["rm", str(directory / extra)])
-            yield Problem(f"{extra} is not in the manifest", f"run `{remove}`")
+            of = re.fullmatch(r"(?:held-out-)?(\d{5,})-\d{5,}\.tar", extra)
+            remove = f"run `{shlex.join(['rm', str(directory / extra)])}`"
+            fix = manifest.redo(directory, int(of[1])) if of and int(of[1]) in redone else remove
+            yield Problem(f"{extra} is not in the manifest", fix)
     for kind, tokens in (("shards", "tokens"), ("held_out", "held_out_tokens")):
         if sum(shard["tokens"] for shard in content[kind]) != content[tokens]:
             what = f"the tokens of {kind} do not add up to the manifest's"

@@ -18,14 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_prep.batch import COUNTS, Batch
+from data_prep.batch import COUNTS, ORIGIN, Batch
 from data_prep.output import writing
 from data_prep.settings import Settings
-from data_prep.sources import shuffled
+from data_prep.sources import permutation
 from data_prep.tar import MASK_SUFFIX, BlockSums, TarWriter
 from titans_pretrain.errors import UserError
 
 DOCUMENTS = 1  # stream of the seed
+PART = 2**16  # documents gathered at a time
 KINDS = ("shard", "held_out")
 Place = list[int]
 """Where in a task's work: the unit's place within the task, and the batch within the unit."""
@@ -47,7 +48,7 @@ class Window:
     def add(self, unit: int, index: int, batch: Batch) -> None:
         """Take the next batch."""
         self.last = [unit, index + 1]
-        self.bytes += batch.ids.nbytes
+        self.bytes += batch.bytes
         self.counts.update(batch.counts)
         if len(batch.lengths):
             self.batches.append(batch)
@@ -97,9 +98,7 @@ class WindowWriter:
             raise _changed(self._output / f"{stem}.tar")
         documents = _Documents(window.batches)
         count = len(documents.lengths)
-        order = np.array(
-            shuffled(count, self._settings.seed, DOCUMENTS, self._task, index), np.int64
-        )
+        order = permutation(count, self._settings.seed, DOCUMENTS, self._task, index)
         held_out = np.concatenate([batch.held_out for batch in window.batches])[order]
         unigrams = np.zeros(self._vocab_size, np.int64)
         entry: dict[str, Any] = {
@@ -180,9 +179,10 @@ class _Documents:
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = batches
         self.lengths = np.concatenate([batch.lengths for batch in batches])
-        ends = np.concatenate([np.cumsum(batch.lengths) for batch in batches])
-        self._starts, self._ends = ends - self.lengths, ends
-        self._batch = np.repeat(range(len(batches)), [len(batch.lengths) for batch in batches])
+        self._ends = np.concatenate([np.cumsum(batch.lengths) for batch in batches])
+        counts = [len(batch.lengths) for batch in batches]
+        self._batch = np.repeat(np.arange(len(batches), dtype=np.int32), counts)
+        self._first = np.cumsum([0, *counts])
         self.masked = batches[0].mask is not None
 
     def ids(self, order: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
@@ -197,22 +197,48 @@ class _Documents:
     def _pieces(
         self, arrays: Sequence[NDArray[Any]], order: NDArray[np.int64]
     ) -> Iterator[NDArray[Any]]:
-        places = (self._batch[order], self._starts[order], self._ends[order])
-        for batch, start, end in zip(*(place.tolist() for place in places), strict=True):
-            yield arrays[batch][start:end]
+        for part in _parts(order):
+            ends = self._ends[part]
+            places = (self._batch[part], ends - self.lengths[part], ends)
+            for batch, start, end in zip(*(place.tolist() for place in places), strict=True):
+                yield arrays[batch][start:end]
 
     def provenance(self, order: NDArray[np.int64]) -> bytes:
         """A parquet file: which document lies where in the shard's stream.
 
         ``tokens`` counts the EOS (and BOS).
         """
-        table = pa.Table.from_batches([batch.origin for batch in self._batches])
-        table = table.combine_chunks().take(order)
-        lengths = self.lengths[order]
-        table = table.append_column("offset", pa.array(np.cumsum(lengths) - lengths))
-        sink = io.BytesIO()
-        pq.write_table(table.append_column("tokens", pa.array(lengths)), sink, compression="zstd")
+        sink, offset = io.BytesIO(), 0
+        schema = ORIGIN.append(pa.field("offset", pa.int64())).append(
+            pa.field("tokens", pa.int64())
+        )
+        with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+            for part in _parts(order):
+                lengths = self.lengths[part]
+                ends = offset + np.cumsum(lengths)
+                columns = [*self._origin(part).columns, ends - lengths, lengths]
+                writer.write_table(pa.table(columns, schema=schema))
+                offset = int(ends[-1])
         return sink.getvalue()
+
+    def _origin(self, order: NDArray[np.int64]) -> pa.Table:
+        """Where documents are from, one batch looked at after the other."""
+        by_batch = np.argsort(self._batch[order], kind="stable")
+        chosen, starts = np.unique(self._batch[order][by_batch], return_index=True)
+        taken = [
+            self._batches[batch].origin.take(pa.array(numbers - self._first[batch]))
+            for batch, numbers in zip(
+                chosen.tolist(), np.split(order[by_batch], starts[1:]), strict=True
+            )
+        ]
+        back = np.empty_like(by_batch)
+        back[by_batch] = np.arange(len(order))
+        return pa.Table.from_batches(taken).take(pa.array(back))
+
+
+def _parts(order: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """An order, a bounded number of documents at a time."""
+    return (order[first : first + PART] for first in range(0, len(order), PART))
 
 
 class _Hashed:

@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,8 @@ AHEAD_BYTES = 2**24  # of batches that wait for their turn, times the workers
 INPUT_BYTES = 2**24  # of input for which one more worker is worth its start
 SOCKET_BYTES = 2**22  # sent without waiting for the parent, where the system grants it
 STOP_SECONDS = 10.0
+
+Encode = Callable[[Span], Iterator[tuple[int, Batch]]]
 
 
 def default_workers(work: Work) -> int:
@@ -102,7 +104,7 @@ class Workers:
                 if kind == ERROR:
                     raise content
                 index, batch = content
-                self._waiting_bytes -= batch.ids.nbytes
+                self._waiting_bytes -= batch.bytes
                 yield span, index, batch
 
     def _start(self) -> None:
@@ -148,7 +150,7 @@ class Workers:
             number = self._dealt[connection][0]
             self._received[number].append((kind, content))
             if kind == BATCH:
-                self._waiting_bytes += content[1].ids.nbytes
+                self._waiting_bytes += content[1].bytes
             else:
                 self._dealt[connection].popleft()
 
@@ -189,9 +191,14 @@ def main(arguments: list[str]) -> None:
     import pyarrow as pa
 
     pa.set_cpu_count(1)
-    with contextlib.suppress(BrokenPipeError), Encoding(work) as encoding:
+    with contextlib.ExitStack() as stack:
+        encode: Encode
+        try:
+            encode = stack.enter_context(Encoding(work)).span
+        except Exception as error:
+            encode = _failing(_told(error, "its start"))
         while (span := spans.get()) is not None:
-            _serve(connection, encoding, span)
+            _serve(connection, encode, span)
 
 
 def _listen(connection: Connection, spans: "queue.SimpleQueue[Span | None]") -> None:
@@ -204,19 +211,39 @@ def _listen(connection: Connection, spans: "queue.SimpleQueue[Span | None]") -> 
         os._exit(1)
 
 
-def _serve(connection: Connection, encoding: Encoding, span: Span) -> None:
+def _serve(connection: Connection, encode: Encode, span: Span) -> None:
     try:
-        for message in encoding.span(span):
-            connection.send((BATCH, message))
-        connection.send((END, None))
-    except BrokenPipeError:
-        raise
-    except TitansError as error:
-        connection.send((ERROR, error))
+        for found in encode(span):
+            _send(connection, BATCH, found)
     except Exception as error:
-        traceback.print_exc()
-        what = f"a worker process failed: {type(error).__name__}: {error}"
-        connection.send((ERROR, TitansError(what, where=str(span), fix="see the traceback above")))
+        _send(connection, ERROR, _told(error, str(span)))
+    else:
+        _send(connection, END, None)
+
+
+def _failing(error: TitansError) -> Encode:
+    """What a worker that cannot start answers to every span."""
+
+    def encode(_: Span) -> Iterator[tuple[int, Batch]]:
+        raise error
+
+    return encode
+
+
+def _told(error: Exception, where: str) -> TitansError:
+    """An error as it is; one that nobody foresaw with a trace."""
+    if isinstance(error, TitansError):
+        return error
+    traceback.print_exception(error)
+    what = f"a worker process failed: {type(error).__name__}: {error}"
+    return TitansError(what, where=where, fix="see the traceback above")
+
+
+def _send(connection: Connection, kind: int, content: Any) -> None:
+    try:
+        connection.send((kind, content))
+    except OSError:
+        os._exit(1)  # the parent is gone
 
 
 if __name__ == "__main__":

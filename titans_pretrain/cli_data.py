@@ -59,6 +59,7 @@ def data_plan(options: argparse.Namespace) -> None:
         _same_settings(options)
     else:
         _freeze(options, options.tasks)
+    plan.restore(options.output, workers=options.workers)
     frozen, _ = plan.load(options.output)
     told = forecast.facts(frozen, options.output, rate=options.rate, cores=options.cores)
     print(json.dumps(told, indent=2) if options.json else forecast.text(told))
@@ -66,7 +67,7 @@ def data_plan(options: argparse.Namespace) -> None:
 
 def data_prepare(options: argparse.Namespace) -> None:
     """Tokenize text into shards: one task of a plan, which the first to come freezes."""
-    from data_prep import array_task, manifest, task
+    from data_prep import array_task, manifest, merge, task
 
     frozen = None
     if _frozen(options) or not _typed(options):
@@ -76,7 +77,6 @@ def data_prepare(options: argparse.Namespace) -> None:
         task=options.task,
         tasks=options.tasks,
         frozen=frozen["tasks"] if frozen else None,
-        typed=_typed(options),
     )
     if _typed(options):
         _freeze(options, tasks)
@@ -86,7 +86,7 @@ def data_prepare(options: argparse.Namespace) -> None:
         done = task.prepare(
             options.output, number_, encoder=options.encoder, workers=options.workers
         )
-    except manifest.DamagedTask as error:
+    except merge.DamagedTask as error:
         if error.task == number_:
             raise
         print(f"task {number_} is finished, but not all can be merged:\n{error}", file=sys.stderr)
@@ -97,9 +97,9 @@ def data_prepare(options: argparse.Namespace) -> None:
 
 def data_merge(options: argparse.Namespace) -> None:
     """Put finished tasks together."""
-    from data_prep import manifest
+    from data_prep import merge
 
-    _print_manifest(options.output, manifest.merge(options.output))
+    _print_manifest(options.output, merge.merge(options.output))
 
 
 def data_status(options: argparse.Namespace) -> None:
@@ -326,7 +326,9 @@ def _add_work(job: Any) -> None:
     )
     job.add_argument("--bos", action="store_true", help="begin every document with BOS")
     job.add_argument("--seed", type=natural, help="of the order (0)")
-    job.add_argument("--shard-bytes", type=positive, help="bytes of a shard's tokens (536870912)")
+    job.add_argument(
+        "--shard-bytes", type=positive, help="bytes in memory that end a shard (536870912)"
+    )
 
 
 def _add_merge(jobs: Any) -> None:

@@ -36,6 +36,14 @@ def documents_of(tokens, seed=0):
     return stream
 
 
+def masks_of(stream, start=0, stop=None):
+    """Which tokens of a stream are trained on as targets, (stop - start,)."""
+    stop = stream.tokens if stop is None else stop
+    out = np.ones(stop - start, bool)
+    stream.copy([out], np.array([start]), np.array([stop]), mask=True)
+    return out
+
+
 def prepared(folder, model, rows, **settings):
     """The manifest of rows that `titans data prepare` tokenized."""
     folder.mkdir(exist_ok=True)
@@ -49,7 +57,16 @@ def prepared(folder, model, rows, **settings):
 
 
 def written(
-    folder, streams, *, held_out=(), masks=None, member_tokens=500, dtype="uint16", model=b"m"
+    folder,
+    streams,
+    *,
+    held_out=(),
+    masks=None,
+    member_tokens=500,
+    dtype="uint16",
+    model=b"m",
+    bos=False,
+    held_out_share=0.0,
 ):
     """The manifest of shards that hold given streams of tokens, documents ended by EOS.
 
@@ -61,6 +78,8 @@ def written(
         member_tokens: tokens of a tar member.
         dtype: of stored tokens.
         model: bytes that pose as the tokenizer.
+        bos: what the manifest tells.
+        held_out_share: likewise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / manifest.TOKENIZER).write_bytes(model)
@@ -76,6 +95,8 @@ def written(
         "dtype": dtype,
         "masks": masks is not None,
         "tokenizer_sha256": sha256_file(folder / manifest.TOKENIZER),
+        "bos": bos,
+        "settings": asdict(Settings(member_tokens=member_tokens, held_out=held_out_share)),
     }
     return write_manifest(folder, content, member_tokens)
 

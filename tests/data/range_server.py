@@ -21,12 +21,16 @@ class RangeServer:
         delay: seconds before every range is answered.
         ranges: False sends the whole file, whatever is asked.
         versions: whether files have ETags.
+        lists_sizes: whether the listing tells them.
+        questions: names of the files whose size was asked for; "" is the listing.
+        most_at_once: of these.
     """
 
     def __init__(self, files):
         self.files, self.asked = dict(files), []
         self.failures, self.short, self.delay, self.status = 0, 0, 0.0, 503
-        self.ranges, self.versions = True, True
+        self.ranges, self.versions, self.lists_sizes = True, True, True
+        self.questions, self.at_once, self.most_at_once = [], 0, 0
         self.lock = threading.Lock()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.http.daemon_threads = True
@@ -44,6 +48,21 @@ class RangeServer:
         content = self.files[name]
         version = {"etag": hashlib.sha256(content).hexdigest()} if self.versions else {}
         return {"size": len(content), "type": "file", **version}
+
+    def tell(self, name):
+        """What is known of a file, or of all."""
+        with self.lock:
+            self.questions.append(name)
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        time.sleep(self.delay)
+        with self.lock:
+            self.at_once -= 1
+        if name:
+            more = {"VersionId": "1"} if self.versions else {}  # listings know less
+            return self.info(name) | more if name in self.files else None
+        hidden = {} if self.lists_sizes else {"size": None}
+        return {name: self.info(name) | hidden for name in self.files}
 
     def answer(self, name, start, stop):
         """Status and body of a range."""
@@ -63,12 +82,11 @@ def _handler(server):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path.split("/")[-1].split("?")[0]
-            if self.path.endswith("?list"):
-                self.send(200, json.dumps({n: server.info(n) for n in server.files}).encode())
+            if self.path.endswith(("?list", "?info")):
+                told = server.tell(name if self.path.endswith("?info") else "")
+                self.send(404 if told is None else 200, json.dumps(told).encode())
             elif name not in server.files:
                 self.send(404, b"")
-            elif self.path.endswith("?info"):
-                self.send(200, json.dumps(server.info(name)).encode())
             else:
                 start, end = self.headers["Range"].removeprefix("bytes=").split("-")
                 self.send(*server.answer(name, int(start), int(end) + 1))

@@ -1,4 +1,5 @@
 import json
+import weakref
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from titans_pretrain import config as run_config
 from titans_pretrain.data import at_step
 from titans_pretrain.data.loader import open_loader
 from titans_pretrain.errors import UserError
+from titans_pretrain.train.directory import RunDirectory
 
 LENGTH = 48
 
@@ -93,6 +95,40 @@ def test_all_documents_of_an_epoch_are_named(configure, made):
     assert {s["epoch"] for s in at_step.describe(config, 2)["sequences"]} == {1}
 
 
+@pytest.mark.parametrize("run", [False, True])
+def test_a_step_beyond_the_run_is_refused(configure, begun, tmp_path, run):
+    with pytest.raises(UserError, match="step 101 of a run of 100") as caught:
+        at_step.describe(begun, 101, run=tmp_path / "run" if run else None)
+    assert caught.value.where == "train.steps"
+
+
+def test_other_data_than_the_runs_is_refused(configure, begun, tmp_path):
+    (tmp_path / "run/data.json").write_text('{"fingerprint": "other"}')
+    with pytest.raises(UserError, match=r"the data has fingerprint .*, the run began with other"):
+        at_step.describe(begun, 1, run=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "has not begun"), ("[]", "cannot be read"), ("{", "cannot be read")],
+)
+def test_a_run_that_does_not_tell_its_data_is_refused(configure, begun, tmp_path, content, told):
+    (tmp_path / "run/data.json").unlink()
+    if content is not None:
+        (tmp_path / "run/data.json").write_text(content)
+    with pytest.raises(UserError, match=told) as caught:
+        at_step.describe(begun, 1, run=tmp_path / "run")
+    assert "configuration instead" in caught.value.fix
+
+
+@pytest.fixture
+def begun(configure, tmp_path):
+    """The configuration of a run that has begun, in its directory."""
+    config = run_config.load(configure("run/config.yaml"))
+    RunDirectory(tmp_path / "run").begin(config, open_loader(config.data).corpus.fingerprint)
+    return config
+
+
 def write_metrics(run, *rows):
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
 
@@ -105,10 +141,7 @@ def row(step, tokens):
     ("step", "first", "count"),
     [(1, 0, 4), (2, 4, 4), (3, 8, 10), (4, 18, 10), (5, 58, 6), (6, 64, 6), (8, 76, 6)],
 )
-def test_a_run_tells_the_position_whatever_the_batches_were(
-    configure, tmp_path, step, first, count
-):
-    configure("run/config.yaml")
+def test_a_run_tells_the_position_whatever_the_batches_were(begun, tmp_path, step, first, count):
     write_metrics(
         tmp_path / "run",
         row(1, 4),
@@ -120,19 +153,16 @@ def test_a_run_tells_the_position_whatever_the_batches_were(
         {"event": "rollback", "step": 4, "position": 58 * LENGTH},
         row(5, 64),
     )
-    config = run_config.load(tmp_path / "run/config.yaml")
-    found = at_step.describe(config, step, run=tmp_path / "run")
+    found = at_step.describe(begun, step, run=tmp_path / "run")
     assert found["position"] == first * LENGTH
     assert len(found["sequences"]) == count
 
 
-def test_a_step_that_the_metrics_lack_is_refused(configure, tmp_path):
-    configure("run/config.yaml")
+def test_a_step_that_the_metrics_lack_is_refused(begun, tmp_path):
     write_metrics(tmp_path / "run", row(1, 4), row(5, 20))
-    config = run_config.load(tmp_path / "run/config.yaml")
     for step in (3, 5):
         with pytest.raises(UserError, match=f"no rows of steps {step - 1} and {step}"):
-            at_step.describe(config, step, run=tmp_path / "run")
+            at_step.describe(begun, step, run=tmp_path / "run")
 
 
 def test_a_mixture_names_each_manifest(configure, made, tmp_path):
@@ -157,8 +187,27 @@ def test_the_command_prints_documents_text_and_json(manifest, configure, model, 
     assert texts[0] in capsys.readouterr().out
 
 
-def test_a_damaged_provenance_file_is_named(configure, tmp_path):
+@pytest.mark.parametrize("at", range(4, 1000, 83))
+def test_every_damage_of_a_provenance_file_is_named(configure, tmp_path, at):
     path = written(tmp_path / "data", [documents_of(500)])
-    (tmp_path / "data/00000-00000.documents.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"cannot read 00000-00000.documents.parquet"):
+    table = tmp_path / "data/00000-00000.documents.parquet"
+    content = bytearray(table.read_bytes())
+    content[at] ^= 1
+    table.write_bytes(content)
+    with pytest.raises(UserError, match=r"00000-00000.documents.parquet is damaged: .* sha256"):
         at_step.describe(run_config.load(configure(data={"manifest": str(path)})), 1)
+
+
+def test_one_shard_s_provenance_is_in_memory_at_a_time(configure, monkeypatch):
+    tables, most, read = [], [], at_step._table
+
+    def counted(path):
+        table = read(path)
+        tables.append(weakref.ref(table))
+        most.append(sum(one() is not None for one in tables))
+        return table
+
+    monkeypatch.setattr(at_step, "_table", counted)
+    found = at_step.describe(run_config.load(configure(global_batch_size=100)), 1)
+    assert len({sequence["shard"] for sequence in found["sequences"]}) == len(most) == 3
+    assert max(most) <= 2  # the last, until the next is assigned

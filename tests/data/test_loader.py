@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from made_shards import EOS, WORDS, written
+from made_shards import EOS, WORDS, documents_of, written
 
 from titans_pretrain.data.loader import SequenceLoader
 from titans_pretrain.data.mixture import Corpus
@@ -198,6 +198,23 @@ def test_data_with_held_out_documents_needs_no_fraction(made_corpus):
     assert make(made_corpus, validation_fraction=0).validation_sequences == 11
 
 
+def test_data_told_to_hold_out_documents_that_held_out_none_has_no_other_validation(tmp_path):
+    path = written(tmp_path, [documents_of(9000)], held_out_share=1e-9)
+    loader = make(Corpus.open([(str(path), 1.0)]), validation_fraction=None)
+    assert loader.validation_sequences == 0
+    assert count_of(loader) == -(-8999 // LENGTH)
+
+
+def test_all_ranks_have_a_mask_where_a_row_of_any_is_a_repetition(counting):
+    loader = make(counting(1282), validation_fraction=0.4)  # 8 held-out sequences without pads
+    each = [
+        list(loader.validation_batches(sequences=6, limit=0, rank=rank, ranks=3))
+        for rank in range(3)
+    ]
+    masked = [[batch.target_mask is not None for batch in batches] for batches in each]
+    assert masked[0] == masked[1] == masked[2] == [False, True]
+
+
 def both(corpus, length, fraction):
     """All training and all held-out tokens that are no pads."""
     loader = make(corpus, sequence_length=length, seed=0, validation_fraction=fraction)
@@ -251,7 +268,11 @@ def test_any_suggested_fraction_works_and_is_refused_only_where_none_would():
     for tokens, length in cases:
         stream = SimpleNamespace(tokens=tokens, masks=False)
         source = SimpleNamespace(
-            training=stream, held_out=SimpleNamespace(tokens=0), eos_id=2, place="here"
+            training=stream,
+            held_out=SimpleNamespace(tokens=0),
+            held_out_share=0,
+            eos_id=2,
+            place="here",
         )
         corpus = SimpleNamespace(sources=[source], counts=[1])
         with pytest.raises(UserError) as caught:

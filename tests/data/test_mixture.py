@@ -126,6 +126,21 @@ def test_different_tokenizers_are_refused(tmp_path, parts):
     assert "one tokenizer" in caught.value.fix
 
 
+def test_different_bos_is_refused(tmp_path, parts):
+    other = written(tmp_path / "other", [documents_of(500)], bos=True)
+    with pytest.raises(UserError, match="BOS begins every document of it, and none of") as caught:
+        loader([*parts, str(other)], [1, 1, 1])
+    assert caught.value.where == f"data.mixture.2.manifest: {other.parent}"
+
+
+def test_different_held_out_shares_are_refused(tmp_path, parts):
+    other = written(tmp_path / "other", [documents_of(500)], held_out_share=0.01)
+    with pytest.raises(UserError, match=r"a share of 0.01 of it is held out") as caught:
+        loader([*parts, str(other)], [1, 1, 1])
+    assert caught.value.where == f"data.mixture.2.manifest: {other.parent}"
+    assert "the same --held-out" in caught.value.fix
+
+
 def test_the_same_data_twice_is_refused(parts):
     with pytest.raises(UserError, match=r"the same data as data.mixture.0"):
         loader([parts[0], parts[1], parts[0]], [1, 1, 1])

@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,7 +37,27 @@ def test_seeds_epochs_and_sizes_have_orders_of_their_own():
             assert (one == other).sum() < 15
 
 
-@pytest.mark.parametrize("count", [5, 64, 100])
+def test_epochs_together_have_the_orders_that_they_have_alone():
+    index, epochs = np.arange(300) % 100, np.repeat([7, 2**40, 0], 100)
+    alone = [permute(np.arange(100), 100, seed=5, epoch=epoch) for epoch in (7, 2**40, 0)]
+    assert np.array_equal(permute(index, 100, seed=5, epoch=epochs), np.concatenate(alone))
+
+
+def test_thousands_of_epochs_cost_little_more_than_one():
+    index, epochs = np.arange(4096) % 2, np.arange(4096) // 2
+
+    def seconds(epoch):
+        times = []
+        for _ in range(5):
+            begun = time.process_time()
+            permute(index, 2, seed=0, epoch=epoch)
+            times.append(time.process_time() - begun)
+        return min(times)
+
+    assert seconds(epochs) < 6 * seconds(0)
+
+
+@pytest.mark.parametrize("count", [2, 5, 64, 100])
 def test_every_index_goes_everywhere_equally_often(count):
     """Chi-square of 4000 epochs: the mean is count - 1, five standard deviations are allowed."""
     out = np.stack([permute(np.arange(count), count, seed=0, epoch=e) for e in range(4000)])

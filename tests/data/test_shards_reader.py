@@ -2,14 +2,16 @@ import json
 import os
 import shutil
 
+import fsspec
 import numpy as np
 import pytest
 import webdataset
-from made_shards import documents_of, written
+from made_shards import documents_of, masks_of, written
 
 from data_prep import manifest as manifests
-from titans_pretrain.data.shards import TokenShards
-from titans_pretrain.errors import UserError
+from titans_pretrain.data import mapping
+from titans_pretrain.data.shards import TokenShards, split
+from titans_pretrain.errors import TitansError, UserError
 
 
 def from_webdataset(manifest, key):
@@ -34,7 +36,7 @@ def test_tokens_are_those_that_stock_webdataset_reads(manifest, shards):
 def test_masks_are_those_that_stock_webdataset_reads(masked_manifest):
     training = TokenShards.open(masked_manifest).training
     masks = from_webdataset(masked_manifest, "mask.npy")
-    assert np.array_equal(training.read_mask(0, training.tokens), masks.astype(bool))
+    assert np.array_equal(masks_of(training), masks.astype(bool))
     assert 0 < masks.mean() < 1
 
 
@@ -97,6 +99,55 @@ def test_another_tokenizer_is_refused(made, tmp_path):
         TokenShards.open(path)
 
 
+def test_a_tokenizer_that_cannot_be_read_is_not_called_missing(made, tmp_path):
+    path = shutil.copytree(made.parent, tmp_path / "copy") / "manifest.json"
+    (path.parent / "tokenizer.model").unlink()
+    (path.parent / "tokenizer.model").mkdir()
+    with pytest.raises(UserError, match=r"cannot read tokenizer.model: Is a directory"):
+        TokenShards.open(path)
+
+
+def test_sizes_may_be_left_to_another_rank(made, tmp_path):
+    path = shutil.copytree(made.parent, tmp_path / "copy") / "manifest.json"
+    os.truncate(path.parent / "00000-00002.tar", 512)
+    (path.parent / "00000-00001.tar").unlink()
+    training = TokenShards.open(path, sizes=False).training
+    assert len(training.read(0, 5000)) == 5000
+    with pytest.raises(UserError, match=r"00000-00001.tar: No such file"):
+        training.read(5000, 5001)
+    with pytest.raises(UserError, match=r"00000-00002.tar ends at byte 512"):
+        training.read(12_000, 12_001)
+
+
+def test_provenance_is_not_needed_to_train(made, tmp_path):
+    path = shutil.copytree(made.parent, tmp_path / "copy") / "manifest.json"
+    (path.parent / "00000-00001.documents.parquet").unlink()
+    assert TokenShards.open(path).training.tokens == 12_345
+
+
+@pytest.mark.parametrize(
+    ("manifest", "place", "name"),
+    [
+        ("manifest.json", ".", "manifest.json"),
+        ("/manifest.json", "/", "manifest.json"),
+        ("a/b.json", "a", "b.json"),
+        ("s3://bucket/manifest.json", "s3://bucket", "manifest.json"),
+    ],
+)
+def test_a_manifest_lies_in_its_directory(manifest, place, name):
+    assert split(manifest) == (place, name)
+
+
+def test_errors_tell_no_password_of_a_url(made, tmp_path):
+    remote = fsspec.filesystem("memory")
+    for path in made.parent.iterdir():
+        remote.pipe_file(f"/me:secret@host/{path.name}", path.read_bytes())
+    remote.rm("/me:secret@host/00000-00001.tar")
+    with pytest.raises(UserError, match=r"00000-00001.tar is missing") as caught:
+        TokenShards.open("memory://me:secret@host/manifest.json", cache=tmp_path)
+    assert caught.value.where == "memory://host"
+
+
 def test_a_directory_or_a_missing_manifest_is_refused(made, tmp_path):
     with pytest.raises(UserError, match="a directory") as caught:
         TokenShards.open(made.parent)
@@ -146,7 +197,7 @@ def test_every_flipped_bit_of_tokens_or_masks_is_noticed(tmp_path):
         training = TokenShards.open(path).training
         unchecked = TokenShards.open(path, check=False).training
         try:
-            tokens, masks = whole(training), training.read_mask(0, 900)
+            tokens, masks = whole(training), masks_of(training)
         except UserError:
             found += 1
         else:  # a header or padding: nothing that is read
@@ -169,6 +220,68 @@ def test_a_damaged_index_is_not_blamed_on_the_tar(tmp_path):
     with pytest.raises(UserError, match=r"00000-00000.index.npy is damaged: .* sha256") as caught:
         TokenShards.open(path).training.read(0, 1)
     assert caught.value.fix == manifests.redo(tmp_path, 0)
+
+
+def test_damage_of_an_index_stops_only_the_blocks_that_it_tells_of(tmp_path):
+    stream = documents_of(10_000)
+    path = written(tmp_path, [stream], member_tokens=4096)
+    flipped(tmp_path, "00000-00000.index.npy", 128 + 8 + 3)
+    training = TokenShards.open(path).training
+    assert np.array_equal(training.read(0, 4096), stream[:4096])
+    assert np.array_equal(training.read(8192, 10_000), stream[8192:])
+    with pytest.raises(UserError, match=r"00000-00000.index.npy is damaged: .* sha256"):
+        training.read(4096, 4097)
+
+
+def test_an_index_cut_after_the_start_is_named(tmp_path):
+    training = TokenShards.open(written(tmp_path, [documents_of(5000)])).training
+    os.truncate(tmp_path / "00000-00000.index.npy", 136)
+    with pytest.raises(UserError, match=r"00000-00000.index.npy is damaged: it has 136 bytes"):
+        training.read(0, 1)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_tar_cut_after_the_start_is_named(tmp_path, masks):
+    mask = [np.ones(5000, int)] if masks else None
+    training = TokenShards.open(written(tmp_path, [documents_of(5000)], masks=mask)).training
+    os.truncate(tmp_path / "00000-00000.tar", 1000)
+    with pytest.raises(UserError, match=r"00000-00000.tar ends at byte 1000, before"):
+        training.read(0, 1)
+
+
+def test_what_is_handed_out_is_what_was_checked(tmp_path):
+    stream = documents_of(5000)
+    training = TokenShards.open(written(tmp_path, [stream], member_tokens=5000)).training
+    part = training.shards[0].read(0, 10)
+    flipped_in_place(tmp_path / "00000-00000.tar", 640)
+    assert np.array_equal(part, stream[:10])
+
+
+def flipped_in_place(path, at):
+    with open(path, "r+b") as handle:
+        handle.seek(at)
+        value = handle.read(1)[0] ^ 1
+        handle.seek(at)
+        handle.write(bytes([value]))
+
+
+@pytest.mark.parametrize("members", [100, 5000])
+def test_more_shards_than_a_process_may_map_are_read(tmp_path, monkeypatch, members):
+    monkeypatch.setattr(mapping, "KEPT", 6)
+    streams = [documents_of(300, seed) for seed in range(20)]
+    training = TokenShards.open(written(tmp_path, streams, member_tokens=members)).training
+    for _ in range(2):
+        assert np.array_equal(whole(training), np.concatenate(streams))
+        with open("/proc/self/maps") as maps:
+            assert sum(str(tmp_path) in line for line in maps) <= 6
+
+
+def test_a_refused_map_is_named_with_the_limits(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"abc")
+    with pytest.raises(TitansError, match="refuses a memory map") as caught:
+        mapping.map_file(tmp_path / "a.tar", 2**60)
+    assert caught.value.where == str(tmp_path / "a.tar")
+    assert "vm.max_map_count" in caught.value.fix
 
 
 class Flaky:

@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import hashlib
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from range_server import RangeServer
 
 from data_prep import retry
-from titans_pretrain.data import cache, storage
+from titans_pretrain.data import cache, mapping, storage
 from titans_pretrain.data.mixture import Corpus
 from titans_pretrain.data.storage import open_storage
 from titans_pretrain.errors import TitansError, UserError
@@ -80,9 +82,20 @@ class TestALocalDirectory:
         reader = open_storage(f"file://{directory}", cache=None, cache_bytes=0)
         assert reader.read("b.tar", 0, 9).tobytes() == noise("b.tar")[:9]
 
-    def test_lists_the_bytes_of_every_file(self, directory):
+    def test_tells_the_bytes_of_files_asked_for(self, directory):
         reader = open_storage(str(directory), cache=None, cache_bytes=0)
-        assert reader.sizes() == {"a.tar": SIZE, "b.tar": SIZE}
+        assert reader.sizes(["a.tar", "c.tar"]) == {"a.tar": SIZE}
+
+    def test_may_lose_a_file_while_it_is_listed(self, directory, monkeypatch):
+        def listing(path):
+            entries = list(os.scandir(path))
+            (directory / "a.tar").unlink()
+            return contextlib.nullcontext(entries)
+
+        reader = open_storage(str(directory), cache=None, cache_bytes=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(storage, "os", SimpleNamespace(scandir=listing))
+            assert reader.sizes(["a.tar", "b.tar"]) == {"b.tar": SIZE}
 
     def test_gives_the_path_of_a_whole_file(self, directory):
         reader = open_storage(str(directory), cache=None, cache_bytes=0)
@@ -95,7 +108,7 @@ class TestALocalDirectory:
     def test_that_is_missing_is_named(self, tmp_path):
         reader = open_storage(str(tmp_path / "gone"), cache=None, cache_bytes=0)
         with pytest.raises(UserError, match="gone"):
-            reader.sizes()
+            reader.sizes(["a.tar"])
 
     @pytest.mark.parametrize("use", [lambda s: s.read("c.tar", 0, 1), lambda s: s.local("c.tar")])
     def test_names_a_file_that_is_missing(self, directory, use):
@@ -159,8 +172,30 @@ class TestARemoteDirectory:
         reader.read("a.tar", 0, SIZE)
         assert np.shares_memory(reader.read("a.tar", 0, 9), reader.read("a.tar", 0, SIZE))
 
-    def test_lists_the_bytes_of_every_file(self, server, opened):
-        assert opened().sizes() == {name: len(body) for name, body in server.files.items()}
+    def test_tells_the_bytes_of_files_asked_for(self, server, opened):
+        assert opened().sizes(["a.tar", "e.tar"]) == {"a.tar": SIZE}
+        assert server.questions == ["", "e.tar"]
+
+    def test_whose_listing_tells_no_sizes_is_asked_for_many_files_at_once(self, server, opened):
+        server.lists_sizes, server.delay = False, 0.02
+        names = [f"{number}.tar" for number in range(40)]
+        server.files |= dict.fromkeys(names, b"abc")
+        reader = opened()
+        assert reader.sizes(names) == dict.fromkeys(names, 3)
+        assert sorted(server.questions) == sorted(["", *names])
+        assert server.most_at_once > 4
+        server.questions.clear()
+        assert reader.read("7.tar", 0, 3).tobytes() == b"abc"
+        assert server.questions == []
+
+    def test_is_known_alike_to_readers_that_asked_for_sizes_and_those_that_did_not(
+        self, server, opened
+    ):
+        first, second = opened(), opened()
+        first.sizes(["a.tar"])
+        for reader in (first, second):
+            reader.read("a.tar", 0, SIZE)
+        assert len(server.asked) == SIZE // PIECE + 1
 
     def test_gives_a_whole_file_as_a_path(self, opened):
         assert opened().local("manifest.json").read_bytes() == b'{"format": 2}'
@@ -462,6 +497,20 @@ class TestACorpusAtAUrl:
     ):
         self.read(remote)
         overwrite(cached(tmp_path, "00000-00001.tar"), self.TOKEN)
+        assert self.read(remote) == self.read(made_corpus)
+
+    def test_holds_few_maps_at_once(self, remote, made_corpus, monkeypatch, tmp_path):
+        monkeypatch.setattr(mapping, "KEPT", 2)
+        for _ in range(2):
+            assert self.read(remote) == self.read(made_corpus)
+            with open("/proc/self/maps") as maps:
+                assert sum(str(tmp_path / "cache") in line for line in maps) <= 3
+
+    def test_whose_cached_index_is_damaged_is_mended(self, remote, made_corpus, tmp_path):
+        self.read(remote)
+        for shard in remote.sources[0].training.shards:
+            shard.release()
+        overwrite(cached(tmp_path, "00000-00001.index.npy"), 130)
         assert self.read(remote) == self.read(made_corpus)
 
     def test_that_is_damaged_itself_is_an_error_that_names_the_shard(self, server, remote):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_shards import EOS, documents_of, written
+from made_shards import EOS, documents_of, masks_of, written
 
 from titans_pretrain.data.documents import cut, document_starts
 from titans_pretrain.data.shards import TokenShards
@@ -40,7 +40,19 @@ def test_members_of_any_length_give_the_same_tokens_and_masks(tmp_path, member_t
     read = TokenShards.open(path, check=check).training
     for start, stop in ((0, 9000), (4095, 4097), (499, 5002), (8999, 9000), (5000, 5000)):
         assert np.array_equal(read.read(start, stop), stream[start:stop])
-        assert np.array_equal(read.read_mask(start, stop), mask[start:stop])
+        assert np.array_equal(masks_of(read, start, stop), mask[start:stop])
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("tokens", [1, 1000, 1001])
+def test_shards_shorter_than_a_member_are_read(tmp_path, tokens, check):
+    stream, mask = documents_of(tokens), np.arange(tokens) % 3 == 0
+    for name, masks in (("masked", [mask]), ("plain", None)):
+        path = written(tmp_path / name, [stream], masks=masks, member_tokens=2**18)
+        read = TokenShards.open(path, check=check).training
+        assert np.array_equal(read.read(0, tokens), stream)
+    read = TokenShards.open(tmp_path / "masked/manifest.json", check=check).training
+    assert np.array_equal(masks_of(read), mask)
 
 
 def test_four_byte_tokens_are_read(tmp_path):

@@ -1,15 +1,17 @@
 """Tasks of an array: each does its part, together they do everything once."""
 
 import json
+import threading
+import time
 from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_up import rows
+from made_up import rows, write_jsonl
 from outputs import content, documents
 
-from data_prep import manifest, progress, task, verify
+from data_prep import batch, manifest, plan, progress, task, verify
 from titans_pretrain.errors import UserError
 
 
@@ -76,14 +78,28 @@ def test_a_task_beyond_the_plan_is_refused(array):
     assert caught.value.fix == "use 0 to 2"
 
 
+def test_a_task_looks_at_the_inputs_that_it_reads_and_at_no_others(freeze, tmp_path):
+    for name in "ab":
+        write_jsonl(tmp_path / f"{name}.jsonl", rows(30, ord(name)))
+    output = freeze(tmp_path / "[ab].jsonl", tasks=2)
+    frozen, _ = plan.load(output)
+    own = [frozen.task_units(number)[0][1] for number in range(2)]
+    (tmp_path / own[1].name).write_text("{}")
+    task.prepare(output, 0)
+    with pytest.raises(UserError, match=f"the planned input {own[1].name} has other content now"):
+        task.prepare(output, 1)
+
+
 def test_a_running_task_tells_how_far_it_is(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     monkeypatch.setattr(progress, "FILE_SECONDS", 0.0)
     told = progress.Progress(tmp_path, 3, 8, 100, done=10, tokens=1000)
     path = progress.progress_file(tmp_path, 3)
     told.update(10, 1000, 5)
+    told.beat()
     assert "task 3 of 8: 10/100 units" in capfd.readouterr().err
     told.update(40, 5000, 50)
+    told.beat()
     line = capfd.readouterr().err
     assert "task 3 of 8: 40/100 units, 0.01 M tokens" in line
     assert "ETA 00:00:0" in line
@@ -96,6 +112,44 @@ def test_a_running_task_tells_how_far_it_is(tmp_path, capfd, monkeypatch):
     assert (state["state"], state["error"]) == ("failed", "the file x is damaged")
     told.end()
     assert not path.parent.exists()
+
+
+def test_a_task_that_waits_for_a_long_unit_still_tells_that_it_lives(freeze, corpus, monkeypatch):
+    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(progress, "FILE_SECONDS", 0.0)
+    output, real = freeze(corpus), batch.Encoding._batch
+    path, times = progress.progress_file(output, 0), []
+
+    def slow(self, *rest):
+        if len(times) < 3:
+            path.unlink(missing_ok=True)
+            deadline = time.monotonic() + 20
+            while not path.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            times.append(json.loads(path.read_text())["updated"])
+        return real(self, *rest)
+
+    monkeypatch.setattr(batch.Encoding, "_batch", slow)
+    task.prepare(output, 0, workers=0)
+    assert times == sorted(times)
+    assert not path.parent.exists()
+
+
+def test_the_last_word_of_a_failed_task_is_its_error(freeze, corpus, monkeypatch):
+    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.0001)
+    monkeypatch.setattr(progress, "FILE_SECONDS", 0.0)
+
+    def fails(*_):
+        time.sleep(0.01)
+        raise UserError("the file x is damaged")
+
+    output = freeze(corpus)
+    monkeypatch.setattr(batch.Encoding, "_batch", fails)
+    with pytest.raises(UserError):
+        task.prepare(output, 0, workers=0)
+    word = json.loads(progress.progress_file(output, 0).read_text())
+    assert (word["state"], word["error"]) == ("failed", "the file x is damaged")
+    assert not [one for one in threading.enumerate() if "_beat_on" in one.name]
 
 
 def test_the_rate_counts_this_run_alone(tmp_path, monkeypatch):

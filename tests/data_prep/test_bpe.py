@@ -125,6 +125,21 @@ def test_a_model_made_otherwise_is_not(change, what):
     assert what in bpe.departure(proto)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.integers(2, 12), st.sampled_from([-1e9, -2e9, -0.5]), min_size=2))
+def test_a_model_some_of_whose_runs_of_spaces_tie_is_not_plain(runs):
+    proto = made(["ab", *(bpe.SPACE * length for length in runs)])
+    scored = {bpe.SPACE * length: score for length, score in runs.items()}
+    for piece in proto.pieces:
+        piece.score = scored.get(piece.piece, piece.score)
+    distinct = len(set(runs.values()))
+    if distinct not in (1, len(runs)):
+        assert bpe.departure(proto) == "only some runs of spaces are of equal score"
+    else:
+        assert bpe.departure(proto) == ""
+        assert_followed(proto, *(f"a{' ' * length}b" for length in range(1, 40)))
+
+
 def test_runs_of_spaces_may_tie_and_grow_as_in_sentencepiece():
     proto = made(["ab", *(bpe.SPACE * length for length in (2, 3, 4, 5, 7))])
     for piece in proto.pieces:

@@ -59,9 +59,9 @@ def test_the_jobs_of_an_array_do_the_tasks_of_the_plan(titans, corpus, model, mo
 
 
 def test_the_jobs_of_an_array_may_freeze_the_plan_themselves(titans, corpus, model, monkeypatch):
-    for name, value in {"COUNT": 2, "MIN": 1, "MAX": 2, "STEP": 1}.items():
+    for name, value in {"COUNT": 2, "MIN": 0, "MAX": 1, "STEP": 1}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    for task in (1, 2):
+    for task in (1, 0):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
         line = f"prepare --input raw/*.jsonl --tokenizer {model.path} --output out"
         assert titans(line) == 0
@@ -76,6 +76,45 @@ def test_a_task_goes_well_though_another_is_damaged(titans, corpus, model, tmp_p
     told = capsys.readouterr().err
     assert "task 1 is finished, but not all can be merged" in told
     assert "fix:   run `titans data prepare --output out --task 0`" in told
+
+
+def test_a_task_goes_well_though_one_beyond_the_plan_is_left(
+    titans, corpus, model, tmp_path, capsys
+):
+    line = f"plan --input raw/*.jsonl --tokenizer {model.path} --output out"
+    titans(f"{line} --tasks 2")
+    titans("prepare --output out --task 1")
+    (tmp_path / "out/plan.json").unlink()
+    titans(f"{line} --tasks 1")
+    assert titans("prepare --output out") == 0
+    told = capsys.readouterr().err
+    assert "task 0 is finished, but not all can be merged" in told
+    assert "fix:   remove it, or prepare into an empty --output" in told
+    assert titans("merge --output out") == 2
+    for path in (tmp_path / "out").glob("*00001*"):
+        path.unlink()
+    assert titans("merge --output out") == 0
+
+
+def test_the_plan_makes_a_damaged_list_of_duplicates_again(titans, model, tmp_path, capsys):
+    from made_up import write_jsonl
+
+    write_jsonl(tmp_path / "a.jsonl", rows(30) * 2)
+    line = f"plan --input a.jsonl --tokenizer {model.path} --output out --drop-duplicates"
+    assert titans(line) == 0
+    path = tmp_path / "out/duplicates.npy"
+    whole = path.read_bytes()
+    for held in (whole[:-1] + b"\1", whole[:-8], None):
+        path.unlink()
+        if held:
+            path.write_bytes(held)
+        capsys.readouterr()
+        assert titans("prepare --output out") == 2
+        assert "fix:   run `titans data plan --output out`" in capsys.readouterr().err
+        assert titans("plan --output out") == 0
+        assert path.read_bytes() == whole
+    assert titans("prepare --output out") == 0
+    assert manifest.load(tmp_path / "out/manifest.json")["documents"]["duplicate"] == 30
 
 
 OPTIONS = {

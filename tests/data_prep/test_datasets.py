@@ -93,6 +93,16 @@ def test_files_of_our_kinds_that_mean_something_else_to_the_loader_are_built(fol
     assert texts(find(folder)) == ["x", "y"]
 
 
+def test_files_that_the_dataset_filters_or_has_in_another_encoding_are_built(folder):
+    head = "---\nconfigs:\n- config_name: default\n  data_files: data/"
+    write(folder / "data/a.parquet", [{"text": "low", "n": 1}, {"text": "high", "n": 5}])
+    (folder / "README.md").write_text(f"{head}a.parquet\n  filters: [[n, '>', 3]]\n---\n")
+    assert texts(find(folder)) == ["high"]
+    (folder / "data/b.jsonl").write_text('{"text": "caf\xe9"}\n', encoding="latin-1")
+    (folder / "README.md").write_text(f"{head}b.jsonl\n  encoding: latin-1\n---\n")
+    assert texts(find(folder)) == ["caf\xe9"]
+
+
 def test_a_loader_reads_the_data_files_given(folder):
     for name in ("a", "b"):
         (folder / f"{name}.csv").write_text(f"text\nof {name}\n")

@@ -1,12 +1,15 @@
 """The hash pass: what repeats, in input order, whatever the cores, kills and sizes of its parts."""
 
+import fcntl
 import hashlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +98,35 @@ def test_the_file_does_not_depend_on_the_number_of_processes(repeating, tmp_path
     alone = find(repeating * 20, tmp_path / "alone")
     assert len(repeating * 20) > duplicates.GROUP_UNITS
     assert find(repeating * 20, tmp_path / "two", workers=2) == alone
+
+
+def test_a_pass_has_few_files_open_whatever_the_number_of_groups_and_parts(
+    repeating, tmp_path, monkeypatch
+):
+    entry, _ = find(repeating * 8, tmp_path / "freely")
+    small(monkeypatch, group=1, run=100, part=200)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = len(os.listdir("/proc/self/fd")) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        assert find(repeating * 8, tmp_path / "few")[0] == entry
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_number_of_groups_is_bounded(repeating, tmp_path, monkeypatch):
+    entry, _ = find(repeating * 5, tmp_path / "one")
+    real, counts = duplicates._write, []
+
+    def counted(path, groups, parts):
+        counts.append(len(groups))
+        return real(path, groups, parts)
+
+    monkeypatch.setattr(duplicates, "_write", counted)
+    monkeypatch.setattr(duplicates, "GROUP_UNITS", 1)
+    monkeypatch.setattr(duplicates, "GROUPS", 3)
+    assert find(repeating * 5, tmp_path / "few")[0] == entry
+    assert counts == [3]
 
 
 def test_a_document_that_a_filter_drops_is_nobodys_first(tmp_path):
@@ -193,6 +225,70 @@ def test_a_pass_killed_at_any_moment_goes_on_and_ends_with_the_same_file(
     assert len(kept) >= 3
     assert len(made) < 2400 - 1000
     assert sorted(path.name for path in output.iterdir()) == ["duplicates.npy"]
+
+
+@pytest.mark.parametrize("gone", ["group-*.hashes", "group-*.npy", "part-*.npy"])
+def test_a_pass_killed_while_it_removes_its_scratch_can_be_repeated(
+    repeating, tmp_path, monkeypatch, gone
+):
+    small(monkeypatch)
+    entry, _ = find(repeating, tmp_path / "undisturbed")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(duplicates, "_write", killed)
+        find(repeating, tmp_path / "out")
+    next((tmp_path / "out").glob(f".duplicates/*/{gone}")).unlink()
+    assert find(repeating, tmp_path / "out")[0] == entry
+
+
+def test_a_pass_under_way_is_left_alone_by_another_of_the_same_work(
+    repeating, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(duplicates, "GROUP_UNITS", 1)
+    output, real, inner = tmp_path / "out", duplicates._write, []
+
+    def meanwhile(path, groups, parts):
+        if not inner:
+            inner.append(None)
+            inner[0] = find(repeating, output)
+        return real(path, groups, parts)
+
+    monkeypatch.setattr(duplicates, "_write", meanwhile)
+    outer = find(repeating, output)
+    assert outer == inner[0]
+    assert sorted(path.name for path in output.iterdir()) == ["duplicates.npy"]
+
+
+def test_what_a_killed_pass_of_other_work_left_is_removed_unless_it_is_in_use(repeating, tmp_path):
+    left, used = (tmp_path / "out/.duplicates" / name for name in ("left", "used"))
+    for folder in (left, used):
+        folder.mkdir(parents=True)
+        (folder / ".lock").touch()
+    with open(used / ".lock", "r+b") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        find(repeating, tmp_path / "out")
+        assert [path.name for path in used.parent.iterdir()] == ["used"]
+    find(repeating, tmp_path / "out")
+    assert not used.parent.exists()
+
+
+def test_where_there_are_no_locks_every_pass_has_a_folder_of_its_own(
+    repeating, tmp_path, monkeypatch
+):
+    def refuses(*_):
+        raise OSError(38, "Function not implemented")
+
+    expected = find(repeating, tmp_path / "locked")
+    without = SimpleNamespace(flock=refuses, LOCK_EX=2, LOCK_NB=4)
+    monkeypatch.setattr(duplicates, "fcntl", without)
+    other = tmp_path / "out/.duplicates/other"
+    other.mkdir(parents=True)
+    (other / "group-000000000.hashes").touch()
+    assert find(repeating, tmp_path / "out") == expected
+    assert [path.name for path in other.parent.iterdir()] == ["other"]
 
 
 @pytest.mark.parametrize("other", ["filters", "content"])

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from made_up import sentences
 
-from data_prep import bpe, encoder, fast, tokenizer
+from data_prep import bpe, encoder, fast, proof, tokenizer
 from titans_pretrain.errors import TitansError, UserError
 
 
@@ -103,8 +103,8 @@ def test_a_difference_in_the_sample_stops_the_work_and_is_named(quick, monkeypat
 
 def test_the_sample_is_the_same_texts_in_any_batches(quick, monkeypatch):
     seen = []
-    reference = quick._reference.encode
-    monkeypatch.setattr(quick._reference, "encode", lambda x: seen.extend(x) or reference(x))
+    expected = quick._expected
+    monkeypatch.setattr(quick, "_expected", lambda x: seen.extend(x) or expected(x))
     texts = documents(20_000)
     quick.encode(texts)
     once, seen[:] = list(seen), []
@@ -114,12 +114,57 @@ def test_the_sample_is_the_same_texts_in_any_batches(quick, monkeypatch):
     assert 20_000 / 256 / 2 < len(once) < 20_000 / 256 * 2
 
 
+@pytest.mark.parametrize("kind", encoder.KINDS)
+def test_the_sample_is_compared_with_whole_texts(model, monkeypatch, kind):
+    if kind == "fast":
+        pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+    made, asked = encoder.make(kind, model), []
+    real = model.encode_arrays
+    monkeypatch.setattr(model, "encode_arrays", lambda x: asked.extend(x) or real(x))
+    texts = [f"{number} {' '.join(sentences(20))}" for number in range(400)]
+    made.encode(texts)
+    whole = [text for text in asked if len(text) > 400]
+    assert whole == [text for text in texts if proof.is_sampled(text)]
+    assert whole
+
+
+def test_parts_that_change_a_documents_ids_stop_the_work_and_the_document_is_named(
+    model, monkeypatch
+):
+    made = encoder.make("sentencepiece", model)
+    monkeypatch.setattr(encoder, "cut", lambda text, least: [text[:300], text[300:]])
+    texts = [f"{number} {' '.join(sentences(20))}" for number in range(400)]
+    with pytest.raises(TitansError, match="in parts, sentencepiece itself gives") as caught:
+        made.encode(texts)
+    assert "of the document that begins" in caught.value.where
+
+
+def test_our_own_models_texts_are_encoded_in_parts(model, monkeypatch):
+    made, asked = encoder.make("sentencepiece", model), []
+    real = model.encode_arrays
+    monkeypatch.setattr(model, "encode_arrays", lambda x: asked.extend(x) or real(x))
+    made.encode([" ".join(sentences(50))])
+    assert len(asked) > 10
+
+
+def test_a_model_whose_texts_cannot_be_cut_is_given_whole_texts(model, monkeypatch):
+    def inside_words(text, least):
+        return [text[:3], text[3:]] if len(text) > 3 else [text]
+
+    monkeypatch.setattr(encoder, "cut", inside_words)
+    made = encoder.make("sentencepiece", model)
+    text = " ".join(sentences(50))
+    assert made.encode([text]).ids.tolist() == model.encode([text])[0]
+
+
 def test_wrong_rules_do_not_pass_the_self_test(model, monkeypatch):
     pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
     rules = bpe.rules
     monkeypatch.setattr(bpe, "rules", lambda scores: rules(scores)[:-1])
-    with pytest.raises(TitansError, match="the fast encoder gives"):
+    with pytest.raises(UserError, match=r"not proven for this model: .* it gives") as caught:
         encoder.make("fast", model)
+    assert caught.value.where == str(model.path)
+    assert caught.value.fix == "use --encoder sentencepiece"
 
 
 def test_a_model_that_is_not_plain_is_refused(tmp_path):
@@ -155,3 +200,33 @@ def test_the_librarys_cache_is_dropped_when_it_has_grown(quick, model, monkeypat
     ids = quick.encode(words[:1]).ids
     assert quick._library is not first
     assert ids.tolist() == model.encode(words[:1])[0]
+
+
+def test_the_librarys_cache_is_bounded_within_a_batch_too(quick, model, monkeypatch):
+    monkeypatch.setattr(fast, "CACHE_BYTES", 2**22)
+    monkeypatch.setattr(fast, "CHECK_CHARACTERS", 2**17)
+    draw = random.Random(0)
+    letters = "".join(draw.choices("etaoinsh ", weights=[*[1] * 8, 1], k=4_000_000))
+    words = [letters[i : i + 5000] for i in range(0, len(letters), 5000)]
+    renewed, renew = [], quick._renew
+    monkeypatch.setattr(quick, "_renew", lambda held: renewed.append(held) or renew(held))
+    ids, lengths = quick.encode(words)
+    assert len(renewed) > 2
+    assert renewed == sorted(renewed)
+    assert renewed[-1] < ids.size * 4
+    assert ids[: lengths[0]].tolist() == model.encode(words[:1])[0]
+    assert ids[-lengths[-1] :].tolist() == model.encode(words[-1:])[0]
+
+
+def test_very_long_texts_of_the_sample_are_compared_in_parts(quick, monkeypatch):
+    monkeypatch.setattr(proof, "WHOLE_CHARACTERS", 100)
+    lengths, real = [], quick._reference.encode
+    monkeypatch.setattr(
+        quick._reference, "encode", lambda x: lengths.extend(map(len, x)) or real(x)
+    )
+    texts = [f"{number} {' '.join(sentences(20))}" for number in range(400)]
+    quick.encode(texts)
+    assert lengths == [len(text) for text in texts if proof.is_sampled(text)]
+    monkeypatch.setattr(quick, "_library", Lying(quick._library))
+    with pytest.raises(TitansError, match="the fast encoder gives"):
+        quick.encode(texts)

@@ -63,6 +63,17 @@ def test_none_of_a_text_is_held_out_at_zero_and_all_at_one(text):
     assert filters.is_held_out(text, 1.0)
 
 
+def test_equal_answers_to_different_prompts_fall_on_both_sides():
+    sides = [filters.is_held_out("yes", 0.5, f"is {number} even?") for number in range(100)]
+    assert 30 < sum(sides) < 70
+    assert sides == [filters.is_held_out("yes", 0.5, f"is {number} even?") for number in range(100)]
+
+
+def test_prompt_and_text_are_told_apart_from_their_joint_text():
+    pairs = [("a", "bc"), ("ab", "c"), ("", "abc")]
+    assert len({filters.digest(text, prompt, b"use", 8) for prompt, text in pairs}) == 3
+
+
 def test_the_side_of_a_text_never_changes():
     held_out = [number for number in range(40) if filters.is_held_out(str(number), 0.1)]
     assert held_out == [1, 25, 38]

@@ -1,6 +1,7 @@
 """Which files are found, by path, URL or dataset, and by what they are known."""
 
 import os
+import random
 
 import fsspec
 import pytest
@@ -57,6 +58,38 @@ def test_of_a_large_parquet_file_the_footer_is_what_the_checksum_covers(here, mo
     held[5] ^= 1
     (here / "a.parquet").write_bytes(held)
     assert inputs.sha256(item) == found[1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.arrow", "a.jsonl.gz"])
+def test_of_another_large_file_a_sample_of_blocks_is_what_the_checksum_covers(
+    here, monkeypatch, name
+):
+    for constant, value in (("WHOLE_BYTES", 0), ("SAMPLE_BLOCKS", 8), ("SAMPLE_BYTES", 100)):
+        monkeypatch.setattr(inputs, constant, value)
+    path = here / name
+    path.write_bytes(random.Random(0).randbytes(20_000))
+    (item,) = inputs.find([name])
+    held, first = path.read_bytes(), inputs.sha256(item)
+    covered = []
+    for place in range(0, 20_000, 10):
+        path.write_bytes(held[:place] + bytes([held[place] ^ 1]) + held[place + 1 :])
+        if inputs.sha256(item) != first:
+            covered.append(place)
+    assert 60 < len(covered) <= 80
+    assert covered[0] == 0
+    assert covered[-1] == 19_990
+    assert covered[30] - covered[20] > 100  # not only its ends
+    path.write_bytes(held)
+    assert inputs.sha256(item) == first
+
+
+def test_files_of_other_sizes_are_told_apart_whatever_they_hold(here, monkeypatch):
+    monkeypatch.setattr(inputs, "WHOLE_BYTES", 0)
+    found = set()
+    for size in (2**18, 2**18 + 1):
+        (here / "a.jsonl").write_bytes(bytes(size))
+        found.add(inputs.sha256(inputs.find(["a.jsonl"])[0]))
+    assert len(found) == 2
 
 
 def test_a_remote_file_has_no_checksum():

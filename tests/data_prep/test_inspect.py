@@ -56,10 +56,18 @@ def test_the_histogram_is_drawn_to_a_png(prepare, corpus, tmp_path, capsys):
     assert "tokens a document: mean" in capsys.readouterr().out
 
 
-def test_provenance_that_cannot_be_read_is_named(prepare, corpus):
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda content: content[:4], "has 4 bytes instead of"),
+        (lambda content: content[:40] + b"\0" + content[41:], "does not have its checksum"),
+    ],
+)
+def test_damaged_provenance_is_named(prepare, corpus, damage, told):
     output, _ = prepare(corpus)
-    (output / "00000-00001.documents.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"cannot read 00000-00001.documents.parquet") as caught:
+    path = output / "00000-00001.documents.parquet"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=f"{path.name} {told}") as caught:
         inspect.inspect(output, 0)
     assert "--task 0" in caught.value.fix
 

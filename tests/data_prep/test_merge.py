@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from data_prep import manifest
+from data_prep import manifest, merge
 from data_prep.task import prepare as prepare_task
 from titans_pretrain.errors import UserError
 
@@ -24,10 +24,16 @@ def edit(output, task, change):
     path.write_text(json.dumps(entry))
 
 
+def age(path, seconds):
+    """Make a file older."""
+    changed = path.stat().st_mtime - seconds
+    os.utime(path, (changed, changed))
+
+
 def refused(output, message):
     (output / "manifest.json").unlink()
     with pytest.raises(UserError, match=message) as caught:
-        manifest.merge(output)
+        merge.merge(output)
     assert not (output / "manifest.json").exists()
     return caught.value.fix
 
@@ -48,7 +54,7 @@ def test_merging_again_gives_the_same_bytes(output):
     path = output / "manifest.json"
     before = path.read_bytes()
     path.unlink()
-    manifest.merge(output)
+    merge.merge(output)
     assert path.read_bytes() == before
 
 
@@ -56,13 +62,13 @@ def test_tasks_that_are_missing_are_named_with_the_command_that_does_them(prepar
     output, done = prepare(corpus, task=2, tasks=4)
     assert done is None
     with pytest.raises(UserError, match="3 of 4 tasks are not finished: 0-1,3") as caught:
-        manifest.merge(output)
+        merge.merge(output)
     wrapped = f"'titans data prepare --output {output}'"
     assert caught.value.fix == f"run `sbatch --array=0-1,3 --wrap {wrapped}`"
     for task in (0, 1):
         prepare_task(output, task)
     with pytest.raises(UserError, match="1 of 4 tasks are not finished: 3") as caught:
-        manifest.merge(output)
+        merge.merge(output)
     assert caught.value.fix == f"run `titans data prepare --output {output} --task 3`"
 
 
@@ -84,7 +90,92 @@ def test_a_window_that_is_left_out_is_a_gap(output):
 
 def test_the_last_window_left_out_is_a_gap(output):
     edit(output, 0, lambda entry: entry["windows"].pop())
-    refused(output, r"task 0 kept \d+ documents, its windows \d+")
+    refused(output, r"what follows the windows of task 0 leaves out units: ")
+
+
+def test_the_last_window_left_out_of_the_counts_too_is_a_gap(output):
+    def change(entry):
+        lost = entry["windows"].pop()["documents"]
+        entry["documents"] = {key: entry["documents"][key] - lost[key] for key in lost}
+
+    edit(output, 0, change)
+    refused(output, r"what follows the windows of task 0 leaves out units: ")
+
+
+@pytest.mark.parametrize("name", ["read", "kept", "empty", "held_out"])
+def test_counts_that_windows_and_the_rest_do_not_add_up_to_are_refused(output, name):
+    edit(output, 0, lambda entry: entry["documents"].update({name: 9999}))
+    refused(output, rf"task 0 has 9999 documents {name}, its windows and the rest \d+")
+
+
+def test_a_rest_that_ends_before_the_tasks_units_do_is_refused(output):
+    edit(output, 0, lambda entry: entry["tail"].update(last=[1, 0]))
+    refused(output, r"what follows the windows of task 0 ends at \[1, 0\] of 2 units")
+
+
+def test_documents_kept_after_the_last_window_are_refused(output):
+    def change(entry):
+        for counts in (entry["documents"], entry["tail"]["documents"]):
+            counts.update(read=counts["read"] + 1, kept=counts["kept"] + 1)
+
+    edit(output, 0, change)
+    refused(output, "task 0 kept 1 documents after its last window")
+
+
+def test_redoing_a_task_whose_record_has_a_gap_mends_it(output):
+    whole = {path.name: path.read_bytes() for path in output.iterdir()}
+    edit(output, 0, lambda entry: entry["windows"].pop())
+    prepare_task(output, 0)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == whole
+
+
+def test_a_finished_array_begun_again_does_not_merge_again(output):
+    path = output / "manifest.json"
+    whole, before = path.read_bytes(), path.stat().st_ino
+    age(path, -10)
+    merged = [prepare_task(output, task)["fingerprint"] for task in (0, 1)]
+    assert merged == 2 * [json.loads(whole)["fingerprint"]]
+    assert path.stat().st_ino == before
+    (output / "00000-00000.tar").unlink()
+    age(path, 30)
+    prepare_task(output, 0)
+    assert path.stat().st_ino != before
+    assert path.read_bytes() == whole
+
+
+def test_files_that_vanish_while_the_directory_is_listed_are_no_matter(output):
+    (output / ".gone.tmp").symlink_to("nothing")
+    (output / "manifest.json").unlink()
+    assert prepare_task(output, 0)["tasks"] == 2
+
+
+def test_a_damaged_manifest_is_merged_again_by_any_task(output):
+    path = output / "manifest.json"
+    whole = path.read_bytes()
+    path.write_text("{")
+    age(path, -10)
+    prepare_task(output, 1)
+    assert path.read_bytes() == whole
+
+
+def test_tasks_of_another_plan_count_as_not_finished_while_others_are_redone(
+    freeze, output, corpus
+):
+    (output / "plan.json").unlink()
+    freeze(corpus, tasks=2, seed=3)
+    assert prepare_task(output, 1) is None
+    assert not (output / "manifest.json").exists()
+    with pytest.raises(UserError, match="task 0 was prepared under another plan") as caught:
+        merge.merge(output)
+    assert "--task 0" in caught.value.fix
+    assert prepare_task(output, 0)["settings"]["seed"] == 3
+
+
+def test_a_new_task_removes_the_manifest_of_a_plan_of_fewer_tasks(freeze, output, corpus):
+    (output / "plan.json").unlink()
+    freeze(corpus, tasks=3, held_out=0.1)
+    assert prepare_task(output, 2) is None
+    assert not (output / "manifest.json").exists()
 
 
 def test_a_window_that_comes_twice_is_refused(output):
@@ -97,7 +188,7 @@ def test_a_window_beyond_the_tasks_units_is_refused(output):
         entry["windows"][-1]["last"] = [9, 1]
 
     edit(output, 0, change)
-    refused(output, r"ends at \[9, 1\] of 2 units")
+    refused(output, r"window \d of task 0 ends at \[9, 1\] of 2 units")
 
 
 def test_a_window_without_units_is_refused(output):
@@ -149,7 +240,7 @@ def test_a_shard_that_is_gone_or_cut_is_refused(output):
     refused(output, r"00000-00000.tar has 1000 bytes instead of")
     tar.unlink()
     with pytest.raises(UserError, match="is missing"):
-        manifest.merge(output)
+        merge.merge(output)
 
 
 @pytest.mark.parametrize("ending", ["documents.parquet", "index.npy"])
@@ -165,7 +256,7 @@ def test_damaged_counts_are_refused(output):
     refused(output, r"task-00000.unigrams.npy does not have its checksum")
     path.unlink()
     with pytest.raises(UserError, match="is missing"):
-        manifest.merge(output)
+        merge.merge(output)
 
 
 def test_the_fingerprint_leaves_out_what_depends_on_the_version_of_pyarrow(output):

@@ -166,7 +166,7 @@ def test_a_plan_is_there_only_with_its_tokenizer(freeze, corpus, tmp_path, monke
     def killed(path, content):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plan, "write_json", killed)
+    monkeypatch.setattr(plan, "write_json_once", killed)
     with pytest.raises(KeyboardInterrupt):
         freeze(corpus)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.model"]
@@ -251,6 +251,79 @@ def test_tasks_that_start_together_while_a_file_arrives_share_one_plan(corpus, m
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "tokenizer.model"}
 
 
+RACE = """
+    import contextlib, sys
+    from pathlib import Path
+    from data_prep import duplicates, inputs, plan, tokenizer
+    from data_prep.settings import Settings
+    model, output, name, seed = sys.argv[1:]
+    @contextlib.contextmanager
+    def no_lock(output):
+        output.mkdir(exist_ok=True)
+        yield
+    plan.alone = no_lock
+    real = plan.write_json_once
+    def waits(path, content):
+        print("ready", flush=True)
+        sys.stdin.readline()
+        real(path, content)
+    plan.write_json_once = waits
+    made = plan.freeze(inputs.find([name]), tokenizer.Tokenizer(model), Path(output),
+                       Settings(seed=int(seed)), 2, ["x"], drop_duplicates=True, workers=0)
+    print(made.digest)
+"""
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), (0, 1)])
+def test_where_no_lock_holds_the_first_plan_stays(corpus, model, tmp_path, seeds):
+    command = [sys.executable, "-c", textwrap.dedent(RACE), model.path, tmp_path / "out"]
+    started = [
+        subprocess.Popen(
+            [*command, tmp_path / "raw/a.jsonl", str(seed)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed in seeds
+    ]
+    for process in started:
+        assert process.stdout.readline() == "ready\n"
+    told = [process.communicate("\n") for process in started]
+    frozen, _ = plan.load(tmp_path / "out")
+    assert told[0][0] == f"{frozen.digest}\n"
+    if seeds[0] == seeds[1]:
+        assert told[1][0] == f"{frozen.digest}\n"
+    else:
+        assert "it has seed 0, now 1" in told[1][1]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"plan.json", "tokenizer.model", "duplicates.npy"}
+
+
+def test_a_damaged_list_of_duplicates_is_refused_and_made_again(freeze, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rows(30) * 2)
+    output = freeze(tmp_path / "a.jsonl", drop_duplicates=True)
+    path = output / "duplicates.npy"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\1")
+    with pytest.raises(UserError, match=r"duplicates.npy does not have its checksum") as caught:
+        plan.load(output)
+    assert caught.value.fix == f"run `titans data plan --output {output}`: it is made again"
+    plan.restore(output)
+    assert path.read_bytes() == whole
+    plan.load(output)
+
+
+def test_a_list_of_duplicates_that_does_not_come_out_as_recorded_is_refused(freeze, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rows(30) * 2)
+    output = freeze(tmp_path / "a.jsonl", drop_duplicates=True)
+    content = manifest.read_plan(output)
+    content["duplicates"]["sha256"] = "0" * 64
+    (output / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"duplicates.npy, made again, is not as recorded"):
+        plan.restore(output)
+
+
 def test_expected_tokens_of_a_small_corpus_are_exact(freeze, corpus, model):
     expected = manifest.read_plan(freeze(corpus))["expected"]
     items = inputs.find([corpus])
@@ -275,6 +348,36 @@ def test_expected_tokens_of_a_sample_come_close(tmp_path, model, monkeypatch):
     assert found["documents"] == pytest.approx(8000, rel=0.03)
     filtered = estimate.expected(items, layouts, model, Settings(min_score=3.5))
     assert filtered["tokens"] == pytest.approx(found["tokens"] / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_expected_tokens_of_a_unit_sorted_by_length_come_close(tmp_path, model, order):
+    words = ["memory", "learns", "at", "test", "time", "what", "surprises", "it", "most"]
+    texts = [" ".join((words * 30)[: 1 + i // 20]) for i in range(4000)][::order]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=4000)
+    (item,) = inputs.find([str(path)])
+    found = estimate.expected([item], [plan.layout(item)], model, Settings())
+    assert found["tokens"] == pytest.approx(tokens_of([item], model), rel=0.05)
+    assert found["documents"] == 4000
+    assert found["text_bytes"] == sum(map(len, texts))
+
+
+def test_large_units_are_read_as_far_as_the_sample_allows(tmp_path, model, monkeypatch):
+    table = pa.Table.from_pylist(rows(3000, 7))
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1000)
+    (item,) = inputs.find([f"{tmp_path}/a.parquet"])
+    read, real = [], estimate.Reader.rows
+
+    def counted(self, item, layout, unit):
+        read.append(unit)
+        return real(self, item, layout, unit)
+
+    monkeypatch.setattr(estimate.Reader, "rows", counted)
+    monkeypatch.setattr(estimate, "READ_BYTES", 1)
+    found = estimate.expected([item], [plan.layout(item)], model, Settings())
+    assert len(read) == 1
+    assert found["tokens"] == pytest.approx(tokens_of([item], model), rel=0.05)
 
 
 def test_expected_bytes_are_what_the_output_takes(prepare, corpus):
@@ -311,6 +414,7 @@ def test_the_forecast_tells_tokens_disk_hours_and_the_line_that_submits(freeze, 
     assert "NOT ENOUGH" in forecast.text(told | {"free_bytes": 5})
     assert "few cores" not in lines
     assert "few cores" in forecast.text(told | {"text_bytes": 5e9})
+    assert "memory" in forecast.text(told | {"text_bytes": 5e9})
     alone, _ = plan.load(freeze(corpus, "alone"))
     assert forecast.facts(alone, output)["submit"].startswith("titans data prepare --output")
 

@@ -125,6 +125,20 @@ def test_the_held_out_split_is_the_same_documents_whatever_the_order(prepare, co
     assert first["held_out_tokens"] == sum(shard["tokens"] for shard in first["held_out"])
 
 
+def test_prompts_are_not_for_the_fast_encoder(prepare, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "what", "text": "memory"}])
+    with pytest.raises(UserError, match="--encoder fast gives no places of pieces") as caught:
+        prepare(path, prompt_column="prompt", encoder="fast")
+    assert caught.value.fix == "use --encoder sentencepiece"
+
+
+def test_equal_answers_to_different_prompts_fall_on_both_sides_of_the_split(prepare, tmp_path):
+    asked = [{"prompt": f"is {number} even?", "text": "yes"} for number in range(100)]
+    path = write_jsonl(tmp_path / "a.jsonl", asked)
+    _, done = prepare(path, prompt_column="prompt", held_out=0.5)
+    assert 30 < done["documents"]["held_out"] < 70
+
+
 def test_a_window_of_held_out_documents_alone_has_no_training_shard(prepare, tmp_path):
     from data_prep.filters import is_held_out
 
@@ -267,7 +281,9 @@ def test_counts_that_do_not_come_out_as_recorded_are_refused(prepare, corpus):
     output, _ = prepare(corpus)
     path = output / "task-00000.json"
     entry = json.loads(path.read_text())
-    entry["windows"][1]["documents"]["empty"] += 1
+    for counts in (entry["windows"][1]["documents"], entry["documents"]):
+        counts["empty"] += 1
+        counts["read"] += 1
     path.write_text(json.dumps(entry))
     (output / "00000-00001.tar").unlink()
     with pytest.raises(UserError, match="made again, is not as recorded"):
@@ -347,7 +363,10 @@ def test_memory_holds_two_windows_of_ids_and_one_batch_of_text(prepare, tmp_path
         return encode(self, kept)
 
     monkeypatch.setattr(batch.Encoding, "_encode", watched)
+    gc.collect()
+    gc.freeze()  # what other tests left is not counted
     _, done = prepare(tmp_path / "a.parquet", shard_bytes=150_000, prompt_column="prompt")
+    gc.unfreeze()
     assert len(done["shards"]) > 3
     largest = 2 * max(entry["tokens"] for entry in done["shards"])
     assert 0 < max(tokens) <= 2 * largest + 50_000

@@ -5,7 +5,7 @@ import json
 import pytest
 from made_up import rows, write_jsonl
 
-from data_prep import manifest
+from data_prep import manifest, merge
 from titans_pretrain.errors import UserError
 
 
@@ -30,6 +30,7 @@ def small(tmp_path):
     [
         lambda task: task.clear(),
         lambda task: task.pop("unigrams"),
+        lambda task: task.pop("tail"),
         lambda task: task.update(windows=None),
         lambda task: task["windows"][0].pop("last"),
         lambda task: task["windows"][0]["shard"].pop("provenance"),
@@ -45,7 +46,7 @@ def test_a_damaged_task_file_counts_as_not_finished(prepare, small, edit):
     whole = finals(output)
     change(output / "task-00000.json", edit)
     with pytest.raises(UserError, match="1 of 1 tasks are not finished: 0") as caught:
-        manifest.merge(output)
+        merge.merge(output)
     assert f"titans data prepare --output {output}" in caught.value.fix
     prepare(small)
     assert finals(output) == whole
@@ -87,7 +88,7 @@ def test_a_damaged_plan_is_refused_with_the_place_and_can_be_made_again(
     output, _ = prepare(small)
     whole = finals(output)
     change(output / "plan.json", edit)
-    for use in (lambda: prepare(small), lambda: manifest.merge(output)):
+    for use in (lambda: prepare(small), lambda: merge.merge(output)):
         with pytest.raises(UserError, match=rf"plan.json is damaged at '{place}'") as caught:
             use()
     assert "remove plan.json" in caught.value.fix
@@ -117,7 +118,7 @@ def test_merge_refuses_provenance_of_another_size(prepare, small):
     path = output / "00000-00000.documents.parquet"
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(UserError, match=r"documents.parquet has \d+ bytes instead of") as caught:
-        manifest.merge(output)
+        merge.merge(output)
     assert f"titans data prepare --output {output}" in caught.value.fix
 
 
@@ -155,7 +156,7 @@ def test_the_fingerprint_does_not_depend_on_the_version_that_wrote_provenance(pr
     change(output / "manifest.json", lambda c: c["shards"][0]["provenance"].update(name="b"))
     with pytest.raises(UserError, match="does not match its fingerprint"):
         manifest.load(output / "manifest.json")
-    manifest.merge(output)
+    merge.merge(output)
     change(output / "manifest.json", lambda c: c["shards"][0].update(bytes=7))
     with pytest.raises(UserError, match="does not match its fingerprint"):
         manifest.load(output / "manifest.json")

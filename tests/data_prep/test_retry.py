@@ -1,5 +1,7 @@
 import errno
+import gzip
 import threading
+import urllib.error
 
 import fsspec
 import pytest
@@ -62,12 +64,16 @@ PASSING = [
     of_botocore(500),
     of_kind("aiohttp.client_exceptions", "ClientPayloadError"),
     of_kind("httpx", "TransportError"),
+    type("Timeout", (OSError,), {"__module__": "requests.exceptions"})("no answer"),
+    urllib.error.URLError("no route to host"),
     caused(RuntimeError("cannot read"), ConnectionError("gone")),
 ]
 LASTING = [
     FileNotFoundError(errno.ENOENT, "no such key"),
     PermissionError(errno.EACCES, "denied"),
     OSError(errno.ENOSPC, "disk full"),
+    OSError("Not enough disk space"),
+    gzip.BadGzipFile("Not a gzipped file"),
     answered(404),
     answered(401),
     of_botocore(403),

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -10,12 +11,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+import zstandard
 from made_up import rows
 from read_sources import texts, write
 
 from data_prep import inputs, sources, spool
 from data_prep.sources import Columns, Reader
-from titans_pretrain.errors import TitansError
+from titans_pretrain.errors import TitansError, UserError
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +133,19 @@ def test_a_file_that_goes_while_it_is_read_is_read_to_its_end(tmp_path, monkeypa
             assert first.read().count(b"\n") == 3
 
 
+def test_a_reader_keeps_one_unpacked_file_open_so_that_removed_ones_take_no_room(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(spool, "KEPT", 2)
+    items = packed(tmp_path, 6)
+    with spool.shared() as folder, Reader(Columns(), folder) as reader:
+        for item in items:
+            list(reader.rows(item, sources.layout(item), 0))
+        handles = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        places = [os.readlink(handle) for handle in handles if handle.is_symlink()]
+        assert len([place for place in places if place.startswith(str(folder))]) == 1 + 1
+
+
 class Full(io.BytesIO):
     def write(self, block):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -155,6 +170,73 @@ def test_a_tmpdir_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(spool.tempfile, "gettempdir", lambda: str(tmp_path / "none"))
     with pytest.raises(TitansError, match=r"cannot use \$TMPDIR"), spool.shared():
         pass
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_an_empty_compressed_file_is_cut_and_not_an_empty_source(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b"")
+    (item,) = inputs.find([str(path)])
+    with pytest.raises(UserError, match="the file is empty") as caught:
+        sources.layout(item)
+    assert caught.value.where == str(path)
+
+
+def test_a_compressed_empty_text_is_an_empty_source(tmp_path):
+    for path in (tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.zst"):
+        (item,) = inputs.find([str(write(path, []))])
+        assert sources.layout(item).units == 0
+
+
+def zst(tmp_path, content):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(content)
+    (item,) = inputs.find([str(path)])
+    return item
+
+
+def test_memory_does_not_grow_with_the_ratio_of_compression(tmp_path):
+    packed = zstandard.compress(bytes(2**26))
+    assert len(packed) < 10_000
+    sizes = list(map(len, spool.blocks(zst(tmp_path, packed))))
+    assert sum(sizes) == 2**26
+    assert max(sizes) <= 2**20
+
+
+def frames(content):
+    """Frames of every kind: with and without size and checksum, skippable, empty, of raw blocks."""
+    for options in ({}, {"write_checksum": True}, {"write_content_size": False}, {"level": 19}):
+        yield zstandard.ZstdCompressor(**options).compress(content), content
+    yield b"\x5a\x2a\x4d\x18\x05\x00\x00\x00notes", b""
+    yield zstandard.compress(b""), b""
+    noise = random.Random(0).randbytes(300_000)
+    yield zstandard.ZstdCompressor(write_checksum=True).compress(noise), noise
+    stream = zstandard.ZstdCompressor(write_checksum=True).compressobj()
+    flushed = stream.compress(b"a") + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    yield flushed + stream.flush(), b"a"
+
+
+def test_frames_of_every_kind_are_read_one_after_the_other(tmp_path):
+    packed, content = zip(*frames(b"memory learns\n" * 50_000), strict=True)
+    found = b"".join(spool.blocks(zst(tmp_path, b"".join(packed))))
+    assert found == b"".join(content)
+
+
+def test_a_zst_file_cut_anywhere_is_refused(tmp_path):
+    packed, _ = zip(*frames(b"memory learns\n" * 3), strict=True)
+    whole, ends = b"".join(packed[:5]), {sum(map(len, packed[:n])) for n in range(6)}
+    for length in set(range(1, len(whole))) - ends:
+        with pytest.raises((EOFError, zstandard.ZstdError)):
+            list(spool.blocks(zst(tmp_path, whole[:length])))
+
+
+def test_a_damaged_zst_file_is_refused(tmp_path):
+    packed = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(b"memory\n" * 99))
+    packed[-1] ^= 1
+    with pytest.raises(zstandard.ZstdError):
+        list(spool.blocks(zst(tmp_path, bytes(packed))))
+    with pytest.raises(zstandard.ZstdError):
+        list(spool.blocks(zst(tmp_path, b"no zstd at all")))
 
 
 def test_a_folder_of_another_user_in_tmpdir_is_refused(tmpdir, monkeypatch):

@@ -1,7 +1,9 @@
 import json
+import os
 import time
 
 import pytest
+from made_up import rows, write_jsonl
 
 from data_prep import status
 from data_prep.progress import Progress, progress_file
@@ -15,15 +17,15 @@ def output(prepare, corpus):
     return prepare(corpus, task=1, tasks=4)[0]
 
 
-def tell(output, task, **change):
-    """What a running task tells of itself."""
+def tell(output, task, *, updated=1000.0, **change):
+    """What a running task told of itself, at a time of the file server's clock."""
     path = progress_file(output, task)
     path.parent.mkdir(exist_ok=True)
     own = {
         "host": "node7",
         "pid": 42,
         "started": 900.0,
-        "updated": 1000.0,
+        "updated": 5e9,
         "units_done": 0,
         "units": 1,
         "tokens": 0,
@@ -33,6 +35,7 @@ def tell(output, task, **change):
         "error": None,
     }
     path.write_text(json.dumps(own | change))
+    os.utime(path, (updated, updated))
 
 
 def states(told):
@@ -124,6 +127,47 @@ def test_what_a_real_task_tells_is_understood(output):
     progress.fail(UserError("bad line"))
     told = status.facts(output, time.time())["tasks"][0]
     assert (told["state"], told["error"], told["tokens"]) == ("failed", "bad line", 5)
+
+
+def test_silence_is_measured_by_the_file_servers_clock_alone(output, monkeypatch, capsys):
+    Progress(output, 0, 4, 1).update(0, 5, 1)
+    for wrong in (0.0, 5e9):
+        monkeypatch.setattr(status.time, "time", lambda wrong=wrong: wrong)
+        assert abs(status.file_clock(output) - progress_file(output, 0).stat().st_mtime) < 30
+        status.show(output)
+        assert "1 running, 0 silent" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_written_the_clock_is_this_hosts(output, monkeypatch):
+    def refused(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(status.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(status.time, "time", lambda: 7.0)
+    assert status.file_clock(output) == 7.0
+
+
+def test_looking_leaves_nothing_behind(output):
+    before = sorted(output.iterdir())
+    status.show(output)
+    assert sorted(output.iterdir()) == before
+
+
+def test_when_only_the_merge_is_missing_its_command_is_told(prepare, corpus):
+    output, _ = prepare(corpus, "one")
+    assert status.facts(output, 0.0)["redo"] is None
+    (output / "manifest.json").unlink()
+    told = status.facts(output, 0.0)
+    assert (told["merged"], told["redo"]) == (False, f"titans data merge --output {output}")
+    assert status.text(told).endswith(f"to go on: titans data merge --output {output}")
+
+
+def test_duplicates_are_taken_off_what_is_expected(freeze, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", rows(30) * 3)
+    dropped = freeze(tmp_path / "a.jsonl", "dropped", drop_duplicates=True)
+    kept = freeze(tmp_path / "a.jsonl", "kept")
+    expected = [status.facts(output, 0.0)["expected_tokens"] for output in (dropped, kept)]
+    assert expected[0] == pytest.approx(expected[1] / 3, rel=0.01)
 
 
 def test_the_command_prints_a_table_or_json(output, capsys):

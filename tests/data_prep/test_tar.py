@@ -2,8 +2,8 @@ import io
 import tarfile
 
 import numpy as np
-import xxhash
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -87,6 +87,69 @@ def test_the_named_commands_redo_just_what_is_damaged(prepare, corpus, tmp_path,
     verify.verify(output)
 
 
+@pytest.mark.parametrize("held", [None, "{"])
+def test_a_record_that_is_gone_or_damaged_is_a_problem_though_there_is_a_manifest(
+    prepare, corpus, capsys, held
+):
+    prepare(corpus, "two", task=0, tasks=2)
+    output, _ = prepare(corpus, "two", task=1, tasks=2)
+    path = output / "task-00001.json"
+    whole = path.read_bytes()
+    path.unlink()
+    if held:
+        path.write_text(held)
+    out, fix = problems(output, capsys)
+    assert "task-00001.json is missing or damaged" in out
+    assert fix == f"run `titans data prepare --output {output} --task 1`"
+    assert cli.main(["data", "prepare", "--output", str(output), "--task", "1"]) == 0
+    assert path.read_bytes() == whole
+    verify.verify(output)
+
+
+def test_when_all_tasks_are_finished_only_the_merge_is_missing(output, capsys):
+    (output / "manifest.json").unlink()
+    out, fix = problems(output, capsys)
+    assert "all tasks are finished, but manifest.json is missing" in out
+    assert fix == f"run `titans data merge --output {output}`"
+
+
+def test_a_record_of_another_plan_is_a_problem(prepare, freeze, corpus, capsys):
+    prepare(corpus, "two", task=0, tasks=2)
+    output, _ = prepare(corpus, "two", task=1, tasks=2)
+    (output / "plan.json").unlink()
+    freeze(corpus, "two", tasks=2, seed=1)
+    out, fix = problems(output, capsys)
+    assert "task 0 was prepared under another plan" in out
+    assert "task 1 was prepared under another plan" in out
+    assert fix.startswith(f"run `titans data prepare --output {output} --task 0`")
+
+
+def test_a_tar_of_a_window_that_its_record_lost_is_redone_and_not_removed(output, capsys):
+    path = output / "task-00000.json"
+    entry = json.loads(path.read_text())
+    lost = entry["windows"].pop()
+    counts = lost["documents"]
+    entry["documents"] = {key: entry["documents"][key] - counts[key] for key in counts}
+    path.write_text(json.dumps(entry))
+    content = json.loads((output / "manifest.json").read_text())
+    content["shards"].pop()
+    content["tokens"] -= lost["shard"]["tokens"]
+    content["documents"] = entry["documents"]
+    content["fingerprint"] = manifest.fingerprint(content)
+    (output / "manifest.json").write_text(json.dumps(content))
+    out, fix = problems(output, capsys)
+    assert f"{lost['shard']['name']} is not in the manifest" in out
+    assert "rm " not in out
+    assert fix == f"run `titans data prepare --output {output} --task 0`"
+    assert cli.main(["data", "prepare", "--output", str(output), "--task", "0"]) == 0
+    verify.verify(output)
+
+
+def test_a_tar_of_a_task_whose_record_is_whole_has_no_use(output, capsys):
+    (output / "00000-00099.tar").write_bytes(b"")
+    assert problems(output, capsys)[1] == f"run `rm {output / '00000-00099.tar'}`"
+
+
 def test_before_the_merge_the_finished_tasks_are_checked(prepare, corpus, capsys):
     output, _ = prepare(corpus, task=1, tasks=3)
     assert verify.verify(output)["finished"] == [1]
@@ -305,7 +368,7 @@ def test_a_damaged_list_of_duplicates_is_found(prepare, tmp_path, capsys):
     flip(output / "duplicates.npy", 130)
     out, fix = problems(output, capsys)
     assert "duplicates.npy does not have its checksum" in out
-    assert f"rm {output / 'plan.json'}" in fix
+    assert fix == f"run `titans data plan --output {output}`: it is made again"
 
 
 def test_a_file_that_cannot_be_read_is_a_problem_among_others(output, capsys, monkeypatch):

@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import pickle
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.batch import COUNTS, ORIGIN, Batch
+from data_prep import window
+from data_prep.batch import COUNTS, DOCUMENT_BYTES, ORIGIN, Batch
 from data_prep.settings import Settings
 from data_prep.tar import BLOCK_TOKENS, BlockSums, TarStream
-from data_prep.window import Window, WindowWriter, npy, regroup
+from data_prep.window import KINDS, Window, WindowWriter, npy, regroup
 from titans_pretrain.errors import UserError
 
 EOS = 2
@@ -63,7 +67,48 @@ def test_a_window_counts_what_it_was_given_and_where():
     window = filled(batch([3, 4]), batch([]), batch([5]))
     assert (window.first, window.last) == ([3, 1], [3, 4])
     assert (window.counts["read"], window.counts["kept"]) == (9, 3)
-    assert window.bytes == 2 * 12
+
+
+def test_a_window_weighs_what_it_holds_in_memory():
+    names = 3 * 3  # of one letter
+    assert filled(batch([3, 4]), batch([5])).bytes == 2 * 12 + names + 3 * DOCUMENT_BYTES
+    assert filled(batch([3, 4], masked=True)).bytes == 3 * 7 + 2 * 3 + 2 * DOCUMENT_BYTES
+    assert filled(batch([])).bytes == 0
+
+
+def test_the_weight_does_not_change_on_the_way_between_processes():
+    one = batch([3, 4, 5])
+    assert pickle.loads(pickle.dumps(one)).bytes == one.bytes
+    rebuilt = pa.RecordBatch.from_pylist(one.origin.to_pylist())
+    assert replace(one, origin=rebuilt).bytes == one.bytes
+
+
+def test_writing_many_short_documents_takes_little_more_memory_than_they_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(window, "PART", 1000)
+    held = filled(*(batch([3] * 1000) for _ in range(100)))
+    pool, default = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        WindowWriter(tmp_path, 7, Settings(member_tokens=4096), 2000).write(0, held)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(default)
+    assert peak + pool.max_memory() < held.bytes
+
+
+@pytest.mark.parametrize("part", [1, 7, 100])
+def test_documents_do_not_depend_on_how_many_are_gathered_at_a_time(tmp_path, monkeypatch, part):
+    lengths = list(range(1, 40))
+    found = []
+    for size in (2**16, part):
+        monkeypatch.setattr(window, "PART", size)
+        held = filled(batch(lengths[:9]), batch(lengths[9:], first=9, held_out=[3, 5]))
+        entry = writer(tmp_path).write(0, held).entry
+        tables = [pq.read_table(tmp_path / entry[kind]["provenance"]["name"]) for kind in KINDS]
+        found.append([entry[kind]["sha256"] for kind in KINDS] + tables)
+    assert found[0] == found[1]
 
 
 def test_each_document_stands_where_its_provenance_says(tmp_path):

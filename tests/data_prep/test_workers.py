@@ -1,11 +1,13 @@
 """Worker processes change how fast a task is, and nothing else."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 from made_up import rows, write_jsonl
@@ -119,10 +121,13 @@ def test_a_worker_that_is_killed_is_named_and_the_task_can_go_on(freeze, many_un
     def kills(self, spans):
         for number, found in enumerate(real(self, spans)):
             if number == 4:
-                next(iter(self._processes.values())).kill()
+                for process in self._processes.values():
+                    process.kill()
+                    process.wait()
             yield found
 
     monkeypatch.setattr(workers.Workers, "batches", kills)
+    monkeypatch.setattr(workers, "AHEAD_BYTES", 1)  # so that there is work left then
     with pytest.raises(TitansError, match="a worker process was killed by SIGKILL") as caught:
         task.prepare(output, 0, workers=2)
     assert "fewer --workers" in caught.value.fix
@@ -139,6 +144,40 @@ def test_a_failure_that_nobody_foresaw_names_the_unit_and_leaves_a_trace(freeze,
         seen(workers.Workers(work, 1), [Span(99)])
     assert "unit=99" in caught.value.where
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_what_keeps_a_worker_from_starting_is_told_as_it_is(freeze, many_units, tmp_path):
+    work = work_of(freeze(many_units))
+    with pytest.raises(UserError, match="no encoder 'quick'") as expected:
+        Encoding(replace(work, encoder="quick"))
+    spans = [Span(unit) for unit in range(6)]
+    with pytest.raises(UserError, match="no encoder 'quick'") as caught:
+        seen(workers.Workers(replace(work, encoder="quick"), 2), spans)
+    assert str(caught.value) == str(expected.value)
+
+
+def test_a_worker_that_cannot_start_for_an_unforeseen_reason_leaves_a_trace(
+    freeze, many_units, tmp_path, capfd
+):
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    work = replace(work_of(freeze(many_units)), duplicates=tmp_path / "bad.npy")
+    with pytest.raises(TitansError, match="a worker process failed: ValueError") as caught:
+        seen(workers.Workers(work, 1), [Span(0)])
+    assert caught.value.where == "its start"
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_connection_that_breaks_in_a_source_is_not_taken_for_a_parent_that_is_gone():
+    def encode(span):
+        yield 0, "a batch"
+        raise BrokenPipeError(32, "Broken pipe")
+
+    ours, theirs = multiprocessing.Pipe()
+    workers._serve(theirs, encode, Span(3))
+    assert ours.recv() == (workers.BATCH, (0, "a batch"))
+    kind, error = ours.recv()
+    assert kind == workers.ERROR
+    assert "BrokenPipeError" in error.what
 
 
 def test_a_program_in_the_working_directory_is_not_imported(

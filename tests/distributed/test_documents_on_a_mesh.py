@@ -8,6 +8,7 @@ import torch
 from ranks import run_ranks
 
 from titans_pretrain.parallel.mesh import Mesh
+from titans_pretrain.train import self_check
 
 FORMS = {
     f"{variant}, {kind}": {"variant": variant} | changes
@@ -51,11 +52,10 @@ def test_a_mesh_gives_the_losses_and_gradients_of_one_process(form, name):
             assert error <= bound, f"{case}: {parameter} is off by {error:.2e}"
 
 
-def test_recomputed_blocks_do_not_ask_for_the_documents_again():
+def test_the_ranks_of_a_sequence_tell_their_documents_once_in_all_layers_and_recomputations():
     for rank in results("sequence 2"):
-        layers = 2
-        assert rank["transformer, attention"][2] == layers
-        assert rank[recomputed("transformer, attention")][2] == layers
+        assert rank["transformer, attention"][2] == 1
+        assert rank[recomputed("transformer, attention")][2] == 1
 
 
 def test_a_span_that_begins_with_a_document_sends_back_a_zero_gradient():
@@ -73,3 +73,14 @@ def test_the_trainers_own_passes_tell_the_documents_to_sequence_and_data_ranks()
     pulled, _ = cases.gradients_of(found)
     for name, gradient in gradients.items():
         torch.testing.assert_close(pulled[name], gradient, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sequence", [2, 4])
+def test_in_the_check_at_the_start_spans_begin_with_a_document_on_every_data_rank(sequence):
+    mesh = Mesh(data=2, sequence=sequence)
+    values = self_check.tiny_fields(cases.run_of("mac").model, mesh)
+    starts = self_check._starts(values, self_check._tokens(values, mesh))
+    firsts = torch.arange(self_check.SPAN, starts.shape[1], self_check.SPAN)
+    begins = starts[:, firsts] == firsts
+    assert begins.unflatten(0, (mesh.data, -1)).any(1).all()
+    assert not begins.all()

@@ -1,5 +1,6 @@
 """Documents in one row, told apart by the attention, by the memory, or by both."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ from document_oracles import Row, oracle
 from tiny_models import logits, tiny_config, tiny_model, tokens
 from torch import Tensor
 
-from titans_pretrain.model import attention, fields
+from titans_pretrain.model import documents, fields
 from titans_pretrain.model.boundary import WHOLE
 from titans_pretrain.model.documents import Documents
 from titans_pretrain.model.fields import VARIANTS, WITH_ATTENTION, WITH_MEMORY
+from titans_pretrain.model.layers import ShortConvolution
 
 TIME = 27
 ROWS = ([3, 4, 8, 17], [1, 13, 16, 22, 26])
@@ -155,19 +157,69 @@ def test_recomputed_blocks_have_the_same_gradient_bits(variant: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True) if a is not None)
 
 
-def test_full_attention_by_blocks_of_queries_is_that_of_all_at_once(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("size", [1, 5, 9])
+def test_full_attention_by_stretches_is_that_of_all_at_once(size: int, monkeypatch: Any) -> None:
     model, ids = tiny_model(**APART["transformer"]), tokens(2, TIME)
     starts = starts_of(ROWS, TIME)
     whole = logits(model, ids, document_starts=starts)
-    monkeypatch.setattr(attention, "QUERY_BLOCK", 5)
-    blocks = logits(model, ids, document_starts=starts)
-    torch.testing.assert_close(blocks, whole, rtol=0, atol=1e-12)
+    monkeypatch.setattr(documents, "STRETCH", size)
+    stretches = logits(model, ids, document_starts=starts)
+    torch.testing.assert_close(stretches, whole, rtol=0, atol=1e-12)
+
+
+def saved_bytes(compute: Callable[[], object]) -> int:
+    """Of all storages that autograd keeps for backward."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        compute()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("every", [1, 64, 1500, 4096])
+def test_full_attention_keeps_memory_linear_in_the_tokens(every: int) -> None:
+    plain, apart = (
+        tiny_model(dtype=torch.bfloat16, num_hidden_layers=1, variant="transformer", **changes)
+        for changes in ({}, ATTENTION)
+    )
+    ids, starts = tokens(1, 2048), starts_of([range(every, 2048, every)], 2048)
+    wanted = saved_bytes(lambda: plain(ids, use_cache=False))
+    found = saved_bytes(lambda: apart(ids, use_cache=False, document_starts=starts))
+    assert found < 1.5 * wanted
+
+
+def test_a_convolution_that_looks_across_no_start_keeps_no_copy_of_its_inputs() -> None:
+    convolution, x = ShortConvolution(32, 4), torch.randn(1, 512, 32, requires_grad=True)
+    reach = torch.arange(512)[None] % 100
+    wanted = saved_bytes(lambda: convolution(x))
+    assert saved_bytes(lambda: convolution(x, reach=reach)) < wanted + x.nbytes // 2
 
 
 def test_starts_give_no_cache_of_their_own_accord() -> None:
     model, ids = tiny_model(**APART["lmm"]), tokens(1, TIME)
     assert model(ids).past_key_values is not None
     assert model(ids, document_starts=starts_of([[3]], TIME)).past_key_values is None
+
+
+def test_a_model_that_does_not_separate_documents_keeps_its_cache() -> None:
+    model, ids = tiny_model(variant="lmm"), tokens(1, TIME)
+    starts = starts_of([[3]], TIME)
+    cache = model(ids, document_starts=starts).past_key_values
+    assert cache is not None
+    assert model(ids, document_starts=starts, past_key_values=cache).past_key_values is cache
+
+
+@EVERY_VARIANT
+def test_a_model_separates_what_it_was_built_to_separate(variant: str) -> None:
+    model, ids = tiny_model(**APART[variant]), tokens(2, TIME)
+    wanted = logits(model, ids, document_starts=starts_of(ROWS, TIME))
+    for name in ATTENTION | MEMORY:
+        setattr(model.config, name, True)
+    assert torch.equal(logits(model, ids, document_starts=starts_of(ROWS, TIME)), wanted)
 
 
 @pytest.mark.parametrize("use", ["use_cache", "past_key_values"])
@@ -189,6 +241,7 @@ def test_starts_of_rows_with_pads_are_refused() -> None:
         logits(model, ids, document_starts=starts, attention_mask=mask)
 
 
+@pytest.mark.parametrize("changes", [{}, MEMORY])
 @pytest.mark.parametrize(
     ("starts", "told"),
     [
@@ -197,8 +250,10 @@ def test_starts_of_rows_with_pads_are_refused() -> None:
         (torch.zeros(1, 27, dtype=torch.bool), r"torch.bool \(1, 27\), expected integers"),
     ],
 )
-def test_starts_of_another_shape_or_kind_are_refused(starts: Tensor, told: str) -> None:
-    model = tiny_model(**APART["lmm"])
+def test_starts_of_another_shape_or_kind_are_refused(
+    starts: Tensor, told: str, changes: dict[str, bool]
+) -> None:
+    model = tiny_model(variant="lmm", **changes)
     with pytest.raises(ValueError, match=told):
         logits(model, tokens(1, TIME), document_starts=starts)
 
@@ -213,9 +268,12 @@ def test_starts_of_another_shape_or_kind_are_refused(starts: Tensor, told: str) 
         ([-1, -1, 2, 2], r"document_starts\[0, 0\] is -1: expected 0"),
     ],
 )
-def test_starts_that_no_documents_have_are_refused(starts: list[int], told: str) -> None:
+@pytest.mark.parametrize("ask", [Documents.bounds, Documents.stretches])
+def test_starts_that_no_documents_have_are_refused(
+    starts: list[int], told: str, ask: Callable[..., object]
+) -> None:
     with pytest.raises(ValueError, match=told):
-        Documents(torch.tensor([starts])).bounds(WHOLE, torch.device("cpu"))
+        ask(Documents(torch.tensor([starts])), WHOLE, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -56,6 +56,7 @@ def make_trainer(tmp_path, monkeypatch):
     corpus = SimpleNamespace(fingerprint="f", tokenizer=tokenizer)
     batch = Batch(torch.zeros(1, TOKENS + 1, dtype=torch.int64), None)
     loader = SimpleNamespace(
+        corpus=corpus,
         batch=lambda **place: batch,
         repetitions=lambda sequences: f"{sequences} sequences repeat",
         validation_sequences=0,
@@ -82,7 +83,7 @@ def make_trainer(tmp_path, monkeypatch):
             settings,
             parallel,
             torch.device("cpu"),
-            build.Data(corpus, loader),
+            build.Data(loader),
             directory,
             SimpleNamespace(name=None),
             lambda sentence: told.append(sentence),

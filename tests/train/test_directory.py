@@ -3,6 +3,7 @@ import json
 import os
 
 import pytest
+import yaml
 
 from titans_pretrain import config
 from titans_pretrain.errors import UserError
@@ -24,7 +25,7 @@ def begun(tmp_path):
     """The directory of a run that has done a step."""
     directory = RunDirectory(tmp_path / "run")
     directory.create()
-    directory.begin(resolved(directory.path))
+    directory.begin(resolved(directory.path), "f")
     directory.metrics.write_text('{"step": 1}\n')
     return directory
 
@@ -121,6 +122,27 @@ def test_a_key_of_another_version_is_told():
     assert changes({"train": {"old": 1}}, {"train": {}}, where="") == [
         "train.old is now 'absent', was 1"
     ]
+
+
+def forget_field(begun, name):
+    """Make the run one begun before the model had a field."""
+    stored = yaml.safe_load(begun.config.read_text())
+    del stored["model"][name]
+    begun.config.write_text(yaml.safe_dump(stored))
+
+
+@pytest.mark.parametrize("name", ["attend_across_documents", "remember_across_documents"])
+def test_a_run_begun_before_a_field_of_the_model_goes_on_with_its_default(begun, name):
+    forget_field(begun, name)
+    assert begun.check(resolved(begun.path), resume=True) == []
+
+
+def test_a_run_begun_before_a_field_of_the_model_cannot_take_another_value(begun):
+    forget_field(begun, "attend_across_documents")
+    changed = resolved(begun.path, model={"attend_across_documents": False})
+    with pytest.raises(UserError, match="attend_across_documents: False differs") as caught:
+        begun.check(changed, resume=True)
+    assert "use model.attend_across_documents=True" in caught.value.fix
 
 
 def test_two_processes_cannot_hold_one_run(begun):

@@ -71,6 +71,16 @@ def test_a_closed_terminal_does_not_change_the_exit_code(watch, monkeypatch):
     assert watch(failing(75, THREE_LINES)).wait() == 75
 
 
+def test_a_rank_killed_over_a_cut_file_is_told_of_the_data_and_not_of_memory(watch, capsys):
+    program = "import os, signal; os.kill(os.getpid(), signal.SIGBUS)"
+    assert watch(program).wait() == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: rank 0 was killed by SIGBUS\n")
+    assert "titans data verify" in told
+    assert "--resume" in told
+    assert "memory" not in told
+
+
 def test_a_second_ctrl_c_ends_at_once_and_blames_no_memory(watch, capsys):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the ranks inherit that
     watching = watch("import time; time.sleep(60)")

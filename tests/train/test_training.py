@@ -68,7 +68,7 @@ def test_a_run_moves_to_other_ranks_is_finished_once_and_never_started_twice(mak
     code, _, _ = one.train("train.steps=2", "--ranks", "1")
     assert code == 0
     assert sorted(path.name for path in one.directory.iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "logs", "metrics.jsonl", "ranks.json",
+        ".lock", "checkpoints", "config.yaml", "data.json", "logs", "metrics.jsonl", "ranks.json",
     ]  # fmt: skip
     code, _, complaints = one.train("train.steps=4", "--ranks", "1")
     assert code == 2

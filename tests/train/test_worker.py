@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_a_rank_that_failed_ends_whatever_becomes_of_its_report(
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(make_worker, tmp_path):
     made = make_worker(0)
     made._directory.create()
-    made._directory.begin(made._config)
+    made._directory.begin(made._config, "f")
     damaged = tmp_path / "checkpoints" / "step-3"
     damaged.mkdir()
     with pytest.raises(TitansError, match=r"no good checkpoint: .*step-3 is damaged") as caught:
@@ -224,7 +225,8 @@ def resumed(make_worker, tmp_path, monkeypatch):
         made = make_worker(0)
         made._directory.create()
         made._directory.config.write_text("before")
-        monkeypatch.setattr(worker, "open_data", lambda config: None)
+        data = SimpleNamespace(corpus=SimpleNamespace(fingerprint="f"))
+        monkeypatch.setattr(worker, "open_data", lambda config: data)
         monkeypatch.setattr(worker, "Parallel", lambda *arguments, **more: None)
         monkeypatch.setattr(worker, "check_mesh", lambda *arguments: None)
         monkeypatch.setattr(worker, "Trainer", lambda *arguments: trainer)
@@ -263,3 +265,4 @@ def test_a_finished_run_keeps_its_configuration(resumed, tmp_path):
 def test_a_resumed_run_writes_its_configuration(resumed, tmp_path):
     resumed(3, WillingTrainer())
     assert config.load(tmp_path / "config.yaml").train.steps == 4
+    assert json.loads((tmp_path / "data.json").read_text()) == {"fingerprint": "f"}

@@ -1,15 +1,16 @@
 """Which documents a step of a run trains on: from any token back to where it came from."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from titans_pretrain import config as run_config
 from titans_pretrain.config import RunConfig
-from titans_pretrain.data.loader import Place, open_loader
+from titans_pretrain.data.loader import Place, SequenceLoader, open_loader
 from titans_pretrain.data.shards import TokenShards
 from titans_pretrain.data.stream import Shard, Spans
 from titans_pretrain.errors import UserError
@@ -24,9 +25,9 @@ def describe(
 
     Args:
         config: of the run.
-        step: optimizer step, from 1.
-        run: the run's directory, whose metrics tell how many tokens came before; None counts them
-            from the configuration.
+        step: optimizer step, from 1 to ``train.steps``.
+        run: the run's directory, which tells how many tokens came before and of which data; None
+            counts them from the configuration.
         text: decode the sequences, too.
 
     Returns:
@@ -36,22 +37,44 @@ def describe(
         columns that they take.
 
     Raises:
-        UserError: data that cannot be read, or metrics that do not tell of the step.
+        UserError: a step beyond the run, data that cannot be read or is not the run's, or metrics
+            that do not tell of the step.
     """
+    if step > config.train.steps:
+        raise UserError(
+            f"step {step} of a run of {config.train.steps}",
+            where="train.steps",
+            fix=f"ask for one from 1 to {config.train.steps}",
+        )
     loader = open_loader(config.data)
     length = config.data.sequence_length
     position, tokens = 0, config.train.global_batch_size * length
     if run is None:
         position = (step - 1) * tokens
     else:
+        _check_data(run / "data.json", loader)
         position, tokens = _taken(run / "metrics.jsonl", step, tokens)
-    provenance = _Provenance()
-    sequences = []
+    sequences: list[dict[str, Any]] = []
+    pieces: list[_Piece] = []
     for place, spans in loader.places(position=position, sequences=tokens // length):
         source = loader.corpus.sources[place.source]
-        sequences.append(_sequence(source, place, spans, provenance))
+        own = list(_pieces(len(sequences), spans, place))
+        pieces += own
+        sequences.append(
+            {
+                "manifest": source.manifest,
+                "epoch": place.epoch,
+                "shard": own[0].shard.name,
+                "offset": own[0].start,
+                "documents": [],
+            }
+        )
         if text:
             sequences[-1]["text"] = _text(source, place, spans)
+    for number, document in _documents(pieces):
+        sequences[number]["documents"].append(document)
+    for sequence in sequences:
+        sequence["documents"].sort(key=lambda document: document["first"])
     return {"step": step, "position": position, "sequences": sequences}
 
 
@@ -74,6 +97,24 @@ def show(place: Path, step: int, *, text: bool = False, as_json: bool = False) -
             print(f"  {document['first']:>7}-{document['stop']:<7} {origin}")
         if text:
             print(sequence["text"])
+
+
+def _check_data(path: Path, loader: SequenceLoader) -> None:
+    """Refuse other data than the run's."""
+    where, fix = str(path), "give the configuration instead of the run"
+    try:
+        began = json.loads(path.read_text(encoding="utf-8"))["fingerprint"]
+    except FileNotFoundError:
+        raise UserError("the run has not begun", where=where, fix=fix) from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"cannot be read: {error!r}", where=where, fix=fix) from None
+    found = loader.corpus.fingerprint
+    if found != began:
+        raise UserError(
+            f"the data has fingerprint {found}, the run began with {began}",
+            where=where,
+            fix="bring the data that the run began with back to its place",
+        )
 
 
 def _taken(metrics: Path, step: int, tokens: int) -> tuple[int, int]:
@@ -114,29 +155,25 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _sequence(
-    source: TokenShards, place: Place, spans: Spans, provenance: "_Provenance"
-) -> dict[str, Any]:
-    start = spans.place(place.span)
+class _Piece(NamedTuple):
+    """The part [start, stop) of a shard's stream that a sequence has from a column on."""
+
+    sequence: int
+    column: int
+    shard: Shard
+    start: int
+    stop: int
+
+
+def _pieces(sequence: int, spans: Spans, place: Place) -> Iterator[_Piece]:
+    """The parts of a span, one a shard."""
+    begin = start = spans.place(place.span)
     stop = min(start + spans.length, spans.stop)
-    shard, offset = spans.stream.place(start)
-    found: dict[str, Any] = {
-        "manifest": source.manifest,
-        "epoch": place.epoch,
-        "shard": shard.name,
-        "offset": offset,
-        "documents": [],
-    }
-    column = 0
-    while start + column < stop:
-        shard, offset = spans.stream.place(start + column)
-        count = min(shard.tokens - offset, stop - start - column)
-        for document in provenance.of(source, shard, offset, offset + count):
-            columns = (document.pop("from") - offset, document.pop("to") - offset)
-            first, end = max(columns[0], 0) + column, min(columns[1], count) + column
-            found["documents"].append(document | {"first": first, "stop": end})
-        column += count
-    return found
+    while start < stop:
+        shard, offset = spans.stream.place(start)
+        count = min(shard.tokens - offset, stop - start)
+        yield _Piece(sequence, start - begin, shard, offset, offset + count)
+        start += count
 
 
 def _text(source: TokenShards, place: Place, spans: Spans) -> str:
@@ -147,42 +184,38 @@ def _text(source: TokenShards, place: Place, spans: Spans) -> str:
     return Tokenizer(source.tokenizer).decode(ids.tolist())
 
 
-class _Provenance:
-    """The provenance files that were asked for."""
+def _documents(pieces: Iterable[_Piece]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each piece's documents with its sequence; one shard's table at a time is in memory."""
+    by_shard = defaultdict(list)
+    for piece in pieces:
+        by_shard[piece.shard].append(piece)
+    for shard, own in by_shard.items():
+        table = _table(shard.provenance())
+        starts, counts = (table[name].to_numpy() for name in ("offset", "tokens"))
+        for piece in own:
+            first = int(np.searchsorted(starts, piece.start, side="right")) - 1
+            end = int(np.searchsorted(starts, piece.stop))
+            ahead = piece.column - piece.start
+            origins = table.select(ORIGIN).slice(first, end - first).to_pylist()
+            for row, origin in enumerate(origins, first):
+                begin, stop = int(starts[row]), int(starts[row] + counts[row])
+                columns = {
+                    "first": max(begin, piece.start) + ahead,
+                    "stop": min(stop, piece.stop) + ahead,
+                }
+                yield piece.sequence, {**origin, "shard": shard.name, **columns}
 
-    def __init__(self) -> None:
-        self._tables: dict[Path, Mapping[str, Any]] = {}
 
-    def of(
-        self, source: TokenShards, shard: Shard, start: int, stop: int
-    ) -> Iterator[dict[str, Any]]:
-        """The documents that have tokens within [start, stop) of a shard's stream."""
-        table = self._table(source.storage.local(shard.provenance))
-        offsets = table["offset"]
-        first = int(np.searchsorted(offsets, start, side="right")) - 1
-        for row in range(first, int(np.searchsorted(offsets, stop))):
-            begin = int(offsets[row])
-            origin = {name: table[name][row] for name in ORIGIN}
-            yield origin | {
-                "shard": shard.name,
-                "from": begin,
-                "to": begin + int(table["tokens"][row]),
-            }
+def _table(path: Path) -> Any:
+    """A provenance file as an Arrow table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    def _table(self, path: Path) -> Mapping[str, Any]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        if path not in self._tables:
-            try:
-                read = pq.read_table(path, columns=[*ORIGIN, "offset", "tokens"])
-            except (pa.ArrowException, OSError) as error:
-                raise UserError(
-                    f"cannot read {path.name}: {str(error).splitlines()[0]}",
-                    where=str(path),
-                    fix=f"run `titans data verify {path.parent}`",
-                ) from None
-            columns = {name: read[name].to_pylist() for name in ORIGIN}
-            counts = {name: read[name].to_numpy() for name in ("offset", "tokens")}
-            self._tables[path] = columns | counts
-        return self._tables[path]
+    try:
+        return pq.read_table(path, columns=[*ORIGIN, "offset", "tokens"])
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"cannot read {path.name}: {str(error).splitlines()[0]}",
+            where=str(path),
+            fix=f"run `titans data verify {path.parent}`",
+        ) from None

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from titans_pretrain.data.mapping import map_file
+from titans_pretrain.data.mapping import keep, map_file
 from titans_pretrain.errors import TitansError, UserError
 
 PIECE = 2**19
@@ -207,6 +207,10 @@ class File:
                 os.pwrite(table, bytes(ENTRY.size), index * ENTRY.size)
                 mapped.checked[index] = 0
 
+    def release(self) -> None:
+        """Let go of the map; the next read makes it anew."""
+        self._mapped = None
+
     def refresh(self) -> None:
         """Tell other processes that the file is in use, and let go of it if they removed it."""
         mapped = self._mapped
@@ -277,6 +281,7 @@ class File:
             checked = bytearray(-(-self.size // PIECE))
             mapped = _Mapped(map_file(data, self.size), checked, stat.st_ino)
             self._mapped = mapped
+            keep(self)
         return mapped
 
     @contextlib.contextmanager

@@ -208,9 +208,10 @@ class SequenceLoader:
         for first in range(0, total, sequences):
             index = first + np.arange(sequences)
             real = torch.from_numpy(index[own] < total)
+            repeats = first + sequences > total
             index = np.minimum(index, total - 1)
             batch = self._rows(self._validation, sources[index], spans[index], own, self._length)
-            if not real.all():
+            if repeats:
                 mask = torch.ones(len(real), self._length, dtype=torch.bool)
                 mask = mask if batch.target_mask is None else batch.target_mask
                 batch = Batch(batch.tokens, mask & real[:, None], batch.document_starts)
@@ -294,7 +295,7 @@ class SequenceLoader:
 
     def _split(self, source: TokenShards, fraction: float | None) -> tuple[Spans, Spans]:
         """The training and the held-out spans of a source."""
-        if source.held_out.tokens:
+        if source.held_out.tokens or source.held_out_share:
             if fraction:
                 raise UserError(
                     f"{fraction} would hold out training documents of data that was prepared with "
@@ -349,14 +350,25 @@ class SequenceLoader:
         return "use 0, shorter sequences, or more data"
 
 
-def open_loader(data: DataSection, *, document_starts: bool = False) -> SequenceLoader:
+def open_loader(
+    data: DataSection, *, document_starts: bool = False, sizes: bool = True
+) -> SequenceLoader:
     """Open the data that a configuration names.
+
+    Args:
+        data: of the configuration.
+        document_starts: whether batches tell them.
+        sizes: see ``TokenShards.open``.
 
     Raises:
         UserError: see ``TokenShards.open``, ``Corpus`` and ``SequenceLoader``.
     """
     corpus = Corpus.open(
-        data.parts, check=data.check, cache=data.cache, cache_bytes=data.cache_bytes
+        data.parts,
+        check=data.check,
+        sizes=sizes,
+        cache=data.cache,
+        cache_bytes=data.cache_bytes,
     )
     return SequenceLoader(
         corpus,

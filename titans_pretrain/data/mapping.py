@@ -2,15 +2,21 @@
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from titans_pretrain.errors import TitansError
+
+KEPT = 40_000  # of the 65,530 maps that Linux allows a process by default
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -24,6 +30,28 @@ _libc.mmap.argtypes = (
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _FAILED = ctypes.c_void_p(-1).value
+
+
+class Owner(Protocol):
+    """What holds maps that it can make again."""
+
+    def release(self) -> None:
+        """Let go of them."""
+
+
+_owners: deque[weakref.ref[Owner]] = deque()
+
+
+def keep(owner: Owner) -> None:
+    """Count a map that an owner made; beyond ``KEPT`` the owner of the oldest lets go of its own.
+
+    Readers go on with the arrays that they have.
+    """
+    _owners.append(weakref.ref(owner))
+    while len(_owners) > KEPT:
+        oldest = _owners.popleft()()
+        if oldest is not None:
+            oldest.release()
 
 
 class _Mapping:
@@ -56,10 +84,20 @@ def map_file(file: Path | int, size: int | None = None) -> NDArray[np.uint8]:
 
     Raises:
         OSError: the file cannot be opened or mapped.
+        TitansError: the kernel allows this process no more maps, or no more address space.
     """
     with _descriptor(file) as descriptor:
         size = os.fstat(descriptor).st_size if size is None else size
-        return np.asarray(_Mapping(descriptor, size)) if size else np.empty(0, np.uint8)
+        try:
+            return np.asarray(_Mapping(descriptor, size)) if size else np.empty(0, np.uint8)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise TitansError(
+                f"the kernel refuses a memory map of {size} bytes",
+                where=str(Path(f"/proc/self/fd/{descriptor}").readlink()),
+                fix="lift the limit of address space (ulimit -v) or of maps (vm.max_map_count)",
+            ) from None
 
 
 @contextlib.contextmanager

@@ -100,7 +100,8 @@ class Corpus:
         tokenizer: the model's path.
 
     Raises:
-        UserError: sources with different tokenizers, one given twice, or one too light.
+        UserError: sources that were prepared with different tokenizers, BOS or held-out shares, one
+            given twice, or one too light.
     """
 
     def __init__(self, sources: Sequence[TokenShards], weights: Sequence[float] = (1.0,)) -> None:
@@ -118,12 +119,13 @@ class Corpus:
         parts: Sequence[tuple[str, float]],
         *,
         check: bool = True,
+        sizes: bool = True,
         cache: str | None = None,
         cache_bytes: int = 2**36,
     ) -> Self:
         """Open the manifests of (manifest, weight) pairs; see ``TokenShards.open``."""
         opened = [
-            TokenShards.open(path, check=check, cache=cache, cache_bytes=cache_bytes)
+            TokenShards.open(path, check=check, sizes=sizes, cache=cache, cache_bytes=cache_bytes)
             for path, _ in parts
         ]
         return cls(opened, [weight for _, weight in parts])
@@ -139,6 +141,20 @@ class Corpus:
                     f"{first.place} {first.tokenizer_sha256[:12]}…",
                     where=where,
                     fix="prepare all data of a mixture with one tokenizer",
+                )
+            if source.bos != first.bos:
+                raise UserError(
+                    f"BOS begins {'every' if source.bos else 'no'} document of it, and "
+                    f"{'every' if first.bos else 'none'} of {first.place}",
+                    where=where,
+                    fix="prepare all data of a mixture with --bos, or none",
+                )
+            if source.held_out_share != first.held_out_share:
+                raise UserError(
+                    f"a share of {source.held_out_share} of it is held out, of {first.place} "
+                    f"{first.held_out_share}: what one holds out the other may train on",
+                    where=where,
+                    fix="prepare all data of a mixture with the same --held-out",
                 )
             if source.fingerprint in seen:
                 raise UserError(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 ROUNDS = 8
 _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
@@ -29,21 +30,22 @@ def permute(
     Returns:
         (n,), values in ``range(count)``.
     """
-    epochs, of = np.unique(np.broadcast_to(epoch, index.shape), return_inverse=True)
-    keys = np.stack([_keys(seed, int(one), count) for one in epochs] or [_keys(seed, 0, count)])
+    epochs = np.atleast_1d(np.asarray(epoch, np.uint64))
+    keys = _keys(seed, epochs[:1] if (epochs == epochs[:1]).all() else epochs, count)
     values = index.astype(np.uint64)
     outside = np.arange(len(values))
     while len(outside):
-        own = keys.T if len(keys) == 1 else keys[of[outside]].T
+        own = keys if keys.shape[1] == 1 else keys[:, outside]
         values[outside] = _feistel(values[outside], count, own)
         outside = outside[values[outside] >= np.uint64(count)]
     return values.astype(np.int64)
 
 
-def _keys(seed: int, epoch: int, count: int) -> NDArray[np.uint64]:
-    """One key a round."""
-    text = f"titans order {seed} {epoch} {count}".encode()
-    return np.frombuffer(hashlib.blake2b(text, digest_size=8 * ROUNDS).digest(), "<u8")
+def _keys(seed: int, epochs: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
+    """One key a round for each epoch, (ROUNDS, epochs); a mixture needs those of 1000 at once."""
+    text = f"titans order {seed} {count}".encode()
+    words = np.frombuffer(hashlib.blake2b(text, digest_size=8 * ROUNDS).digest(), "<u8")
+    return _mix(epochs * _GOLDEN, words[:, None])
 
 
 def _feistel(

@@ -7,7 +7,10 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,19 +22,25 @@ from data_prep.retry import can_pass, retry
 from titans_pretrain.data.cache import Cache, File
 from titans_pretrain.data.mapping import map_file
 from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.files import sha256_file
 
 VERSIONS = (
     *("ETag", "etag", "md5Hash", "content_md5", "crc32c", "generation", "VersionId", "blob_id"),
     *("checksum", "mtime", "LastModified", "Last-Modified", "last_modified", "updated"),
 )
 REFRESH = 30.0  # seconds between looks at what other processes removed from the cache
+AT_ONCE = 32  # questions to a server whose listing tells no sizes
+
+
+class MissingFile(UserError):
+    """There is no such file."""
 
 
 class Storage(Protocol):
     """The files of one prepared directory, by their plain names; threads may share it."""
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file, from one listing.
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """Bytes of each of these files that is there.
 
         Raises:
             UserError: no such directory, or no permission.
@@ -53,7 +62,8 @@ class Storage(Protocol):
         """A whole small file on this machine's disk.
 
         Raises:
-            UserError: no such file.
+            MissingFile: no such file.
+            UserError: one that cannot be read.
             TitansError: a server that does not answer.
         """
 
@@ -82,6 +92,26 @@ def open_storage(place: str, *, cache: Path | None, cache_bytes: int) -> Storage
     return RemoteStorage(place, Cache(cache or _own_folder(), cache_bytes))
 
 
+def intact(storage: Storage, name: str, sha256: str) -> Path | None:
+    """A whole small file, fetched again once if its checksum is another; None if it stays so.
+
+    Raises:
+        UserError: see ``Storage.local``.
+        TitansError: see ``Storage.local``.
+    """
+    for _ in range(2):
+        path = storage.local(name)
+        try:
+            if sha256_file(path) == sha256:
+                return path
+            size = path.stat().st_size
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if not storage.forget(name, 0, size):
+            break
+    return None
+
+
 def _own_folder() -> Path:
     """The default cache; in a directory that all may write, so another's folder is refused."""
     folder = Path(tempfile.gettempdir()) / f"titans-cache-{os.getuid()}"
@@ -105,13 +135,18 @@ class LocalStorage:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._maps: dict[str, NDArray[np.uint8]] = {}
+        self._maps = weakref.WeakValueDictionary[str, NDArray[np.uint8]]()
 
-    def sizes(self) -> dict[str, int]:
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
         """See ``Storage``."""
+        wanted, found = frozenset(names), {}
         try:
             with os.scandir(self._directory) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                for entry in entries:
+                    if entry.name in wanted:
+                        with contextlib.suppress(FileNotFoundError):  # gone since it was listed
+                            found[entry.name] = entry.stat().st_size
+            return found
         except OSError as error:
             raise UserError(
                 f"cannot list {str(self._directory)!r}: {error.strerror}",
@@ -137,8 +172,10 @@ class LocalStorage:
     def local(self, name: str) -> Path:
         """See ``Storage``."""
         path = self._directory / name
-        if not path.is_file():
-            raise _missing(path, "no such file")
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            raise _unreadable(path, error) from None
         return path
 
     def forget(self, name: str, start: int, stop: int) -> bool:
@@ -150,7 +187,7 @@ class LocalStorage:
         try:
             return map_file(path)
         except OSError as error:
-            raise _missing(path, str(error.strerror)) from None
+            raise _unreadable(path, error) from None
 
 
 class _Entry(NamedTuple):
@@ -175,27 +212,22 @@ class RemoteStorage:
     """
 
     def __init__(self, url: str, cache: Cache) -> None:
-        self._url, self._cache = _shown(url).rstrip("/"), cache
+        self._url, self._cache = shown(url).rstrip("/"), cache
         with self._reaching(""):
             self._filesystem, path = fsspec.core.url_to_fs(url)
             self._filesystem.invalidate_cache()
         self._path = path.rstrip("/")
-        self._entries: dict[str, _Entry] = {}
         self._files: dict[tuple[str, bool], File] = {}
         self._opening = threading.Lock()
         self._next_refresh = time.monotonic() + REFRESH
 
-    def sizes(self) -> dict[str, int]:
-        """See ``Storage``; of a server whose listing tells no sizes, from one question a file."""
-        with self._reaching(""):
-            found = retry(lambda: self._filesystem.ls(self._path), f"listing {self._url}")
-        entries = {}
-        for item in found:
-            if item["type"] == "file":
-                name = item["name"].rpartition("/")[2]
-                entries[name] = self._asked(name) if item["size"] is None else _entry(item)
-        self._entries = entries
-        return {name: entry.size for name, entry in entries.items()}
+    def sizes(self, names: Collection[str]) -> dict[str, int]:
+        """See ``Storage``; what the listing does not tell is asked for."""
+        rest = [name for name in names if name not in self._entries]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            answers = dict(zip(rest, pool.map(self._asked_if_there, rest), strict=True))
+        self._entries |= {name: entry for name, entry in answers.items() if entry is not None}
+        return {name: self._entries[name].size for name in names if name in self._entries}
 
     def read(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
         """See ``Storage``."""
@@ -238,6 +270,19 @@ class RemoteStorage:
                     file.forget(0, entry.size)
                 self._files[name, whole] = file
         return self._files[name, whole]
+
+    @cached_property
+    def _entries(self) -> dict[str, _Entry]:
+        """What one listing tells; all processes take it, so that they share what is cached."""
+        with self._reaching(""):
+            found = retry(lambda: self._filesystem.ls(self._path), f"listing {self._url}")
+        files = [item for item in found if item["type"] == "file" and item["size"] is not None]
+        return {item["name"].rpartition("/")[2]: _entry(item) for item in files}
+
+    def _asked_if_there(self, name: str) -> _Entry | None:
+        with contextlib.suppress(MissingFile):
+            return self._asked(name)
+        return None
 
     def _asked(self, name: str) -> _Entry:
         """What the server tells of one file."""
@@ -285,13 +330,13 @@ class RemoteStorage:
         except TitansError:
             raise
         except FileNotFoundError:
-            raise UserError(
+            raise MissingFile(
                 f"cannot read {where.rpartition('/')[2]}: no such file",
                 where=where,
                 fix="check data.manifest, or copy the file back",
             ) from None
         except Exception as error:
-            reason = _shown(str(error) or type(error).__name__).splitlines()[0]
+            reason = shown(str(error) or type(error).__name__).splitlines()[0]
             what = f"cannot read {where.rpartition('/')[2]}: {reason}"
             if can_pass(error):
                 fix = "check the network, then go on with --resume"
@@ -305,14 +350,15 @@ def _entry(info: Mapping[str, Any]) -> _Entry:
     return _Entry(int(info["size"]), "" if version == "[]" else version)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """A text without the passwords and signatures that URLs in it may carry."""
     return re.sub(r"(?<=//)[^/\s@]+@|\?\S+", "", text)
 
 
-def _missing(path: Path, reason: str) -> UserError:
-    return UserError(
-        f"cannot read {path.name}: {reason}",
+def _unreadable(path: Path, error: OSError) -> UserError:
+    kind = MissingFile if isinstance(error, FileNotFoundError) else UserError
+    return kind(
+        f"cannot read {path.name}: {error.strerror}",
         where=str(path),
         fix=f"copy the file back, or run `titans data verify {path.parent}`",
     )

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,9 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from data_prep.tar import BLOCK_TOKENS, data_offset, member_bytes
-from titans_pretrain.data.mapping import map_file
-from titans_pretrain.data.storage import Storage
+from titans_pretrain.data.mapping import keep, map_file
+from titans_pretrain.data.storage import Storage, intact
 from titans_pretrain.errors import TitansError
-from titans_pretrain.files import sha256_file
 
 
 @dataclass(frozen=True)
@@ -94,24 +94,46 @@ class Shard:
         self._check, self._damaged = check, damaged
         self.name: str = entry["name"]
         self.tokens: int = entry["tokens"]
-        self.provenance: str = entry["provenance"]["name"]
         self.masks = layout.masks
 
     def read(self, start: int, stop: int, *, mask: bool = False) -> NDArray[Any]:
         """The tokens, or their masks, at positions [start, stop), (stop - start,), as stored.
 
         Raises:
-            UserError: a block that differs from its checksum, or a damaged index.
+            UserError: a block that differs from its checksum, told apart from a damaged index.
         """
         if not self._check:
             return self._values(start, stop, mask)
         low, high = start - start % BLOCK_TOKENS, stop + -stop % BLOCK_TOKENS
         if high > self.tokens:
             high = self.tokens
-        content = self._values(low, high, mask)
+        content = self._copied(low, high, mask)
         if not self._matches(content, low // BLOCK_TOKENS, mask):
             content = self._again(low, high, mask)
         return content[start - low : stop - low]
+
+    def provenance(self) -> Path:
+        """The table of the shard's documents, whole by its checksum.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        return self._intact(self._entry["provenance"])
+
+    def release(self) -> None:
+        """Let go of the maps; the next read makes them anew."""
+        for name in ("_whole", "_members", "_sums"):
+            self.__dict__.pop(name, None)
+
+    def _intact(self, entry: Mapping[str, Any]) -> Path:
+        path = intact(self._storage, entry["name"], entry["sha256"])
+        if path is None:
+            raise self._damaged(entry["name"], "it has another sha256 than the manifest tells")
+        return path
+
+    def _copied(self, start: int, stop: int, mask: bool) -> NDArray[Any]:
+        """Positions [start, stop) in memory: hashing pages still on disk would stop all threads."""
+        return self._values(start, stop, mask).copy()
 
     def _values(self, start: int, stop: int, mask: bool) -> NDArray[Any]:
         """Positions [start, stop); a view where they lie in one member."""
@@ -140,18 +162,31 @@ class Shard:
         return True
 
     def _again(self, start: int, stop: int, mask: bool) -> NDArray[Any]:
-        """Read blocks that failed their checksums anew, where that may help."""
-        size = self._arrays[mask].dtype.itemsize
-        for low in range(start, stop, BLOCK_TOKENS):
-            high, block = min(low + BLOCK_TOKENS, stop), low // BLOCK_TOKENS
-            if self._matches(self._values(low, high, mask), block, mask):
-                continue
-            first, last = self._place(low, mask), self._place(high - 1, mask) + size
-            forgot = self._storage.forget(self.name, first, last)
-            if not forgot or not self._matches(self._values(low, high, mask), block, mask):
-                what = f"bytes {first} to {last} do not have their checksum"
-                raise self._damaged(self.name, what)
-        return self._values(start, stop, mask)
+        """Blocks of which one failed its checksum, each read anew until it has it."""
+        borders = [*range(start, stop, BLOCK_TOKENS), stop]
+        return np.concatenate(
+            [self._mended(low, high, mask) for low, high in itertools.pairwise(borders)]
+        )
+
+    def _mended(self, start: int, stop: int, mask: bool) -> NDArray[Any]:
+        """One block, after its index and then its bytes were fetched again where that may help."""
+        first = self._place(start, mask)
+        last = self._place(stop - 1, mask) + self._arrays[mask].dtype.itemsize
+        for help_it in (
+            lambda: None,
+            self._check_index,
+            lambda: self._storage.forget(self.name, first, last),
+        ):
+            help_it()
+            content = self._copied(start, stop, mask)
+            if self._matches(content, start // BLOCK_TOKENS, mask):
+                return content
+        raise self._damaged(self.name, f"bytes {first} to {last} do not have their checksum")
+
+    def _check_index(self) -> None:
+        """Only here: a damaged index makes no damaged block pass, and its hash takes its time."""
+        self._intact(self._entry["index"])
+        self.__dict__.pop("_sums", None)
 
     def _place(self, position: int, mask: bool) -> int:
         """The byte of the tar at which the value of a position starts."""
@@ -166,9 +201,17 @@ class Shard:
         return [self._layout.arrays(self.tokens, mask=kind) for kind in kinds]
 
     @cached_property
-    def _members(self) -> list[NDArray[Any] | None]:
-        """The members of full length as views, (members, member_tokens), of a file that is here."""
+    def _whole(self) -> NDArray[np.uint8] | None:
+        """All bytes of a tar that lies here for good."""
         content = self._storage.whole(self.name)
+        if content is not None:
+            keep(self)
+        return content
+
+    @cached_property
+    def _members(self) -> list[NDArray[Any] | None]:
+        """The members of full length as views, (members, member_tokens); None to read otherwise."""
+        content = self._whole
         if content is None:
             return [None] * len(self._arrays)
         return [_full_members(content, arrays) for arrays in self._arrays]
@@ -178,26 +221,23 @@ class Shard:
         """The checksums of tokens and of masks, (blocks,) each."""
         index, rows = self._entry["index"], len(self._arrays)
         blocks = -(-self.tokens // BLOCK_TOKENS)
-        path = self._storage.local(index["name"])
-        if sha256_file(path) != index["sha256"]:
-            if self._storage.forget(index["name"], 0, index["bytes"]):
-                path = self._storage.local(index["name"])
-            if sha256_file(path) != index["sha256"]:
-                raise self._damaged(index["name"], "it has another sha256 than the manifest tells")
-        content = map_file(path)
+        content = map_file(self._storage.local(index["name"]))
+        keep(self)
+        if len(content) != index["bytes"]:
+            what = f"it has {len(content)} bytes instead of {index['bytes']}"
+            raise self._damaged(index["name"], what)
         sums = content[-8 * rows * blocks :].view("<u8").reshape(rows, blocks)
         return [row.data for row in sums]
 
 
-def _full_members(content: NDArray[np.uint8], arrays: Arrays) -> NDArray[Any]:
-    """Every array but a tar's last, (members, member_tokens)."""
-    return np.ndarray(
-        (arrays.count - 1, arrays.member_tokens),
-        arrays.dtype,
-        content,
-        arrays.first,
-        (arrays.stride, arrays.dtype.itemsize),
-    )
+def _full_members(content: NDArray[np.uint8], arrays: Arrays) -> NDArray[Any] | None:
+    """Every array but a tar's last, (members, member_tokens); None if it has or holds none."""
+    count, size = arrays.count - 1, arrays.dtype.itemsize
+    end = arrays.first + (count - 1) * arrays.stride + arrays.member_tokens * size
+    if not count or end > len(content):
+        return None
+    shape = (count, arrays.member_tokens)
+    return np.ndarray(shape, arrays.dtype, content, arrays.first, (arrays.stride, size))
 
 
 class Stream:
@@ -253,14 +293,6 @@ class Stream:
         self._within(start, stop)
         out = np.empty(stop - start, np.int64)
         self.copy([out], np.array([start]), np.array([stop]))
-        return out
-
-    def read_mask(self, start: int, stop: int) -> NDArray[np.bool_]:
-        """Which of them are trained on as targets, (stop - start,)."""
-        self._within(start, stop)
-        out = np.ones(stop - start, np.bool_)
-        if self.masks:
-            self.copy([out], np.array([start]), np.array([stop]), mask=True)
         return out
 
     def place(self, position: int) -> tuple[Shard, int]:

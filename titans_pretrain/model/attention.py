@@ -4,6 +4,7 @@ Shapes: B batch, H heads, T time (or N slots), h head width, P persistent tokens
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,10 @@ from torch import Tensor, nn
 
 from .boundary import WHOLE, Boundary
 from .configuration_titans import TitansConfig
-from .documents import Bounds, Documents
+from .documents import Documents, Stretch
 from .fields import rotated_width
 from .layers import rotate, split_heads
 from .layout import Layout, join, newest
-
-QUERY_BLOCK = 1024
 
 
 class AttentionProjections(nn.Module):
@@ -81,33 +80,27 @@ class WindowAttention(nn.Module):
             Heads (B, H, T, h), and the cache afterwards (empty without a layout).
         """
         if layout is None:
-            return self._span(x, persistent, self._bounds(documents, x)), {}
+            return self._span(x, persistent, None if self.across_documents else documents), {}
         positions = layout.positions
         queries = self.project.queries(x, positions)
         keys, values = self.project.keys_values(x, positions)
         prefix = None if persistent is None else self.project.prefix(persistent)
         return self._continue(queries, keys, values, prefix, layout, cached or {})
 
-    def _bounds(self, documents: Documents | None, x: Tensor) -> Bounds | None:
-        if documents is None or self.across_documents:
-            return None
-        return documents.bounds(self.boundary, x.device)
-
-    def _span(self, x: Tensor, persistent: Tensor | None, bounds: Bounds | None) -> Tensor:
+    def _span(self, x: Tensor, persistent: Tensor | None, documents: Documents | None) -> Tensor:
         """Sequences, or spans of them, without pads."""
         first = self.boundary.first(x.shape[1])
         positions = torch.arange(first, first + x.shape[1], device=x.device)
         queries = self.project.queries(x, positions)
         keys, values = self.project.keys_values(x, positions)
         if self.window is None:
-            attend = _causal
-            if bounds is not None:
-                attend = functools.partial(_causal_within, self.boundary.joined(bounds.reach))
+            rows = None if documents is None else documents.stretches(self.boundary, x.device)
+            attend = _causal if rows is None else functools.partial(_causal_within, rows)
             return self.boundary.whole(attend, queries, keys, values)
         prefix = None if persistent is None else self.project.prefix(persistent)
         own, before = self.boundary.halo(self.window - 1, (keys, values), dim=2)
         keys, values = (torch.cat(pair, 2) for pair in zip(before, own, strict=True))
-        reach = None if bounds is None else bounds.reach
+        reach = None if documents is None else documents.bounds(self.boundary, x.device).reach
         return _blocks(queries, keys, values, prefix, self.window, None, reach)
 
     def _continue(
@@ -151,8 +144,20 @@ def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
 
 
-def _causal_within(reach: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    return _blocks(queries, keys, values, None, None, None, reach)
+def _causal_within(
+    rows: Sequence[Sequence[Stretch]], queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Causal attention within the stretches of each row."""
+    outputs = []
+    for stretches, *row in zip(rows, *(x.split(1) for x in (queries, keys, values)), strict=True):
+        # split, not slices: the gradients of these would each be as long as the row
+        cut = (x.split([stretch.tokens for stretch in stretches], 2) for x in row)
+        parts = [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            for (_, mask), q, k, v in zip(stretches, *cut, strict=True)
+        ]
+        outputs.append(torch.cat(parts, 2))
+    return torch.cat(outputs)
 
 
 def _blocks(
@@ -176,8 +181,7 @@ def _blocks(
     """
     slots, total = queries.shape[2], keys.shape[2]
     past = total - slots
-    whole = slots if reach is None else QUERY_BLOCK  # of whose mask half would be empty
-    size = min(whole if window is None else window, slots)
+    size = slots if window is None else min(window, slots)
     outputs = []
     for first in range(0, slots, max(size, 1)):
         last = min(first + size, slots)

@@ -73,8 +73,13 @@ class Boundary:
         """
         return attend(queries, *others)
 
-    def joined(self, columns: Tensor) -> Tensor:
-        """(B, T) integers of this span's tokens to those of whole sequences."""
+    def joined(self, columns: Tensor, device: torch.device) -> Tensor:
+        """(B, T) integers of this span's tokens to those of whole sequences, both on the host.
+
+        Args:
+            columns: of this span.
+            device: where the layer computes, by which other spans are reached.
+        """
         return columns
 
 

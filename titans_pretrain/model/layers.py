@@ -72,11 +72,10 @@ class ShortConvolution(nn.Module):
             joined = join(history, x, layout)
             after = newest(joined, past, layout)
         time = x.shape[1]
-        inputs = [joined[:, tap : tap + time] for tap in range(self.width)]
-        if reach is not None:
-            seen = ((reach >= past - tap)[..., None] for tap in range(self.width))
-            inputs = [torch.where(near, x, 0) for near, x in zip(seen, inputs, strict=True)]
-        taps = [x * self.weight[:, tap] for tap, x in enumerate(inputs)]
+        taps = [joined[:, tap : tap + time] * self.weight[:, tap] for tap in range(self.width)]
+        if reach is not None:  # of the products: autograd would keep a copy of each tap's inputs
+            for tap in range(past):
+                taps[tap] = torch.where((reach >= past - tap)[..., None], taps[tap], 0)
         return torch.stack(taps).sum(0), after
 
 

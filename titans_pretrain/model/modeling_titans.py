@@ -97,6 +97,7 @@ class TitansModel(TitansPreTrainedModel):
             TitansBlock(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.separates_documents = config.separates_documents  # as the layers were built
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -118,11 +119,12 @@ class TitansModel(TitansPreTrainedModel):
             attention_mask: (B, T) or (B, seen + T), 0 for pads on any side; pads change nothing.
             past_key_values: the cache an earlier call returned.
             inputs_embeds: see ``input_ids``.
-            use_cache: whether to return a cache; never while training, or with documents.
+            use_cache: whether to return a cache; never while training, or where documents are
+                told apart.
             output_hidden_states: whether to return every block's input and the final output.
             document_starts: (B, T) integers, the column of the first token of each token's
-                document, 0 where it began before the row; best on the host. They matter where
-                the configuration separates documents; None makes each row one document.
+                document, 0 where it began before the row; best on the host. Without effect where
+                the configuration separates none; None makes each row one document.
             unused: refused if it would change the result.
         """
         _refuse(unused)
@@ -131,16 +133,11 @@ class TitansModel(TitansPreTrainedModel):
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if not hidden.shape[1]:
             raise ValueError("no tokens: give at least one column of input_ids or inputs_embeds")
-        if document_starts is not None:
-            _check_documents(document_starts, hidden, past_key_values, use_cache)
-            use_cache = False
-        cache = self._cache(past_key_values, use_cache)
+        documents = self._documents(document_starts, hidden, past_key_values, use_cache)
+        cache = self._cache(past_key_values, use_cache if documents is None else False)
         layout = self._layout(hidden, attention_mask, cache)
-        documents = None
-        if document_starts is not None and self.config.separates_documents:
-            if layout is not None:
-                raise ValueError("document_starts cannot be given for rows with pads")
-            documents = Documents(document_starts)
+        if documents is not None and layout is not None:
+            raise ValueError("document_starts cannot be given for rows with pads")
         columns = hidden.shape[1]
         if layout is not None:
             hidden = layout.enter(hidden)
@@ -162,6 +159,25 @@ class TitansModel(TitansPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, past_key_values=cache, hidden_states=states
         )
+
+    def _documents(
+        self, starts: Tensor | None, hidden: Tensor, cache: TitansCache | None, use: bool | None
+    ) -> Documents | None:
+        """None where a row is one document to this model, whatever the starts."""
+        if starts is None:
+            return None
+        if starts.dtype not in (torch.int32, torch.int64) or starts.shape != hidden.shape[:2]:
+            raise ValueError(
+                f"document_starts is {starts.dtype} {tuple(starts.shape)}, expected integers "
+                f"{tuple(hidden.shape[:2])}"
+            )
+        if not self.separates_documents:
+            return None
+        if cache is not None or use:
+            raise ValueError(
+                "document_starts cannot be given with a cache: what it continues is one document"
+            )
+        return Documents(starts)
 
     def _cache(self, given: Any, use_cache: bool | None) -> TitansCache | None:
         if use_cache is None:
@@ -313,20 +329,6 @@ def next_token_loss(
     if num_items_in_batch is None:
         return F.cross_entropy(predicted, targets)
     return F.cross_entropy(predicted, targets, reduction="sum") / num_items_in_batch
-
-
-def _check_documents(
-    starts: Tensor, hidden: Tensor, cache: TitansCache | None, use_cache: bool | None
-) -> None:
-    if cache is not None or use_cache:
-        raise ValueError(
-            "document_starts cannot be given with a cache: what it continues is one document"
-        )
-    if starts.dtype not in (torch.int32, torch.int64) or starts.shape != hidden.shape[:2]:
-        raise ValueError(
-            f"document_starts is {starts.dtype} {tuple(starts.shape)}, expected integers "
-            f"{tuple(hidden.shape[:2])}"
-        )
 
 
 _HARMLESS = {"cache_position", "output_attentions", "is_first_iteration", "return_dict"}

@@ -67,11 +67,9 @@ class SpanBoundary(Boundary):
         shares = [self._exchange(TO_SEQUENCES, tensor) for tensor in (queries, *others)]
         return self._exchange(TO_SPANS, attend(*shares))
 
-    def joined(self, columns: Tensor) -> Tensor:
-        """What every rank of the sequence holds, in its order."""
-        group, name = self.groups.sequence, f"{self.name}.columns"
-        (whole,) = self.replay.once(name, lambda: (sequence_comm.join_spans(columns, group),))
-        return whole
+    def joined(self, columns: Tensor, device: torch.device) -> Tensor:
+        """What every rank of the sequence holds, in its order; the host waits for it."""
+        return sequence_comm.join_spans(columns.to(device), self.groups.sequence).cpu()
 
     def _exchange(self, way: "Way", tensor: Tensor) -> Tensor:
         exchanged: Tensor = _Exchange.apply(self, way, tensor)

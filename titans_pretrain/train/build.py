@@ -1,6 +1,7 @@
 """What a run is made of at its start: the data, the model in its engine, the random state."""
 
 import base64
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from titans_pretrain.config import RunConfig
 from titans_pretrain.data.loader import SequenceLoader, open_loader
 from titans_pretrain.data.mixture import Corpus
+from titans_pretrain.data.storage import shown
 from titans_pretrain.errors import UserError
 from titans_pretrain.model import fields
 from titans_pretrain.parallel.construct import construct, skeleton
@@ -23,17 +25,27 @@ from titans_pretrain.train import optimizer
 class Data:
     """The prepared data and the order it is read in."""
 
-    corpus: Corpus
     loader: SequenceLoader
+
+    @property
+    def corpus(self) -> Corpus:
+        """What the loader reads."""
+        return self.loader.corpus
 
 
 def open_data(config: RunConfig) -> Data:
     """Open the data of a run and check that the model can read it.
 
+    One rank a node looks at the sizes of all files; the others rely on it.
+
     Raises:
         UserError: see ``open_loader``; a tokenizer of more pieces than the model has.
     """
-    loader = open_loader(config.data, document_starts=fields.separates_documents(config.model))
+    loader = open_loader(
+        config.data,
+        document_starts=fields.separates_documents(config.model),
+        sizes=os.environ.get("LOCAL_RANK", "0") == "0",
+    )
     corpus = loader.corpus
     if corpus.vocab_size > config.model["vocab_size"]:
         raise UserError(
@@ -43,11 +55,11 @@ def open_data(config: RunConfig) -> Data:
             fix=f"use model.vocab_size={corpus.vocab_size} or more",
         )
     loader.check_step(config.train.global_batch_size)
-    return Data(corpus, loader)
+    return Data(loader)
 
 
 def _manifests(config: RunConfig) -> str:
-    return ", ".join(manifest for manifest, _ in config.data.parts)
+    return ", ".join(shown(manifest) for manifest, _ in config.data.parts)
 
 
 def build_engine(config: RunConfig, parallel: Parallel, device: torch.device) -> ZeroEngine:

@@ -15,7 +15,8 @@ import yaml
 from titans_pretrain import config as run_config
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
-from titans_pretrain.files import atomic_file
+from titans_pretrain.files import atomic_file, write_json
+from titans_pretrain.model import fields
 
 FIXED = (
     "model",
@@ -39,6 +40,11 @@ class RunDirectory:
     def config(self) -> Path:
         """The configuration as resolved."""
         return self.path / "config.yaml"
+
+    @property
+    def data(self) -> Path:
+        """The fingerprint of the data."""
+        return self.path / "data.json"
 
     @property
     def metrics(self) -> Path:
@@ -119,8 +125,9 @@ class RunDirectory:
         if not self._holds_steps():
             shutil.rmtree(self.checkpoints / "step-0", ignore_errors=True)
 
-    def begin(self, config: RunConfig) -> None:
-        """Write the configuration of this start; once it is sure to train."""
+    def begin(self, config: RunConfig, fingerprint: str) -> None:
+        """Write the configuration of this start and its data's name; once it is sure to train."""
+        write_json(self.data, {"fingerprint": fingerprint})
         with atomic_file(self.config, "w") as handle:
             handle.write(run_config.dump(config))
 
@@ -169,10 +176,14 @@ class RunDirectory:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, where: str) -> list[str]:
     """Sentences about the keys that differ between two configurations.
 
+    A field of the model that the earlier one lacks had what is its default now.
+
     Raises:
         UserError: a key that the model or the order of the data depends on differs.
     """
     old, new = _flat(before), _flat(after)
+    defaults = _flat({"model": fields.defaults()})
+    old = {key: value for key, value in defaults.items() if key in new} | old
     said = []
     for key in sorted(old.keys() | new.keys()):
         if key in old and key in new and old[key] == new[key]:

@@ -30,6 +30,10 @@ LAUNCHER = "TITANS_LAUNCHER"
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
 STOP_GRACE_SECONDS = 10.0
+CAUSES: dict[int, str] = {
+    signal.SIGBUS: "a file of the data was cut while it was read, or its disk failed: run "
+    "`titans data verify` on the prepared directory",
+}
 
 
 def train(config: RunConfig, *, ranks: int | None, resume: bool, arguments: Sequence[str]) -> int:
@@ -247,10 +251,11 @@ class _Watch:
             )
             return str(ended), errors.FAILED
         if code < 0:
+            cause = CAUSES.get(-code, "see whether the machine ran out of memory")
             killed = TitansError(
                 f"rank {first.number} was killed by {signal.Signals(-code).name}",
                 where=f"process {first.process.pid}; logs/rank-{first.number}.log",
-                fix="see whether the machine ran out of memory; continue with --resume",
+                fix=f"{cause}; continue with --resume",
             )
             return str(killed), errors.FAILED
         failed = (first, *(rank for rank in self._local if rank.process.returncode))

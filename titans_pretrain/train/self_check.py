@@ -90,11 +90,15 @@ def _tokens(values: Mapping[str, Any], mesh: Mesh) -> torch.Tensor:
 
 
 def _starts(values: Mapping[str, Any], tokens: torch.Tensor) -> torch.Tensor | None:
-    """Documents of about a chunk, for a model that separates them."""
+    """Documents of about a chunk, for a model that separates them.
+
+    In the first row of each data rank one begins with every span.
+    """
     if not fields.separates_documents(values):
         return None
     shape = (tokens.shape[0], tokens.shape[1] - 1)
     begins = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 1 / CHUNK
+    begins[::MICRO_BATCHES, SPAN::SPAN] = True
     return torch.where(begins, torch.arange(shape[1]), 0).cummax(1).values
 
 

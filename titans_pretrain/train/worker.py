@@ -97,7 +97,7 @@ class Worker:
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
-        devices.from_first(lambda: self._directory.begin(config))
+        devices.from_first(lambda: self._directory.begin(config, data.corpus.fingerprint))
         trainer.run()
         watch.end()
         self._tell(f"done: {config.train.steps} steps in {self._directory.path}")
