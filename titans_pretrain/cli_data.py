@@ -326,9 +326,7 @@ def _add_work(job: Any) -> None:
     )
     job.add_argument("--bos", action="store_true", help="begin every document with BOS")
     job.add_argument("--seed", type=natural, help="of the order (0)")
-    job.add_argument(
-        "--shard-bytes", type=positive, help="bytes in memory that end a shard (536870912)"
-    )
+    job.add_argument("--shard-bytes", type=positive, help="bytes that end a shard (536870912)")
 
 
 def _add_merge(jobs: Any) -> None:
