@@ -99,7 +99,7 @@ def _found(
 ) -> dict[str, Any]:
     with ExitStack() as spooled:
         packed = any(spool.is_packed(item) for item, _, _ in units)
-        folder = spooled.enter_context(spool.shared()) if packed else None
+        folder = spooled.enter_context(spool.shared(spool.KEPT // 8)) if packed else None
         size = max(GROUP_UNITS, -(-len(units) // GROUPS))
         groups = [
             _Group(scratch, first, tuple(units[first : first + size]), settings, folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.plan import Plan
-from data_prep.spool import KEPT, PACKED
+from data_prep.spool import KEPT, KEPT_IN_TURN, PACKED
 
 WORKER_BYTES = 2**29  # of memory, the fast encoder's cache included
 LARGE_UNIT = 2**28  # bytes of text
@@ -29,6 +29,7 @@ def facts(plan: Plan, output: Path, *, rate: float | None = None, cores: int = 8
     rates = {"given": rate * 1e6} if rate else RATES
     hours = {name: tokens / per_second / 3600 for name, per_second in rates.items()}
     slowest = max(hours.values())
+    kept = KEPT_IN_TURN if plan.deals_files else KEPT
     told = {
         "inputs": len(content["inputs"]),
         "input_bytes": sum(entry["size"] for entry in content["inputs"]),
@@ -41,7 +42,7 @@ def facts(plan: Plan, output: Path, *, rate: float | None = None, cores: int = 8
         "tokens_per_task": tokens // plan.tasks,
         "output_bytes": round(expected["bytes"] * left),
         "free_bytes": shutil.disk_usage(output).free,
-        "temporary_bytes": sum(sorted(map(_unpacked, content["inputs"]))[-KEPT:]),
+        "temporary_bytes": sum(sorted(map(_unpacked, content["inputs"]))[-kept:]),
         "rates": rates,
         "core_hours": hours,
         "cores": cores,

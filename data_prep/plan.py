@@ -8,7 +8,7 @@ nor late files change what a task does.
 import sys
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
@@ -22,6 +22,7 @@ from data_prep.manifest import read_plan
 from data_prep.output import alone, write_json, write_json_once, writing
 from data_prep.settings import Settings
 from data_prep.sources import Layout, layout, shuffled
+from data_prep.spool import PACKED
 from data_prep.tokenizer import Tokenizer
 from titans_pretrain.errors import UserError
 from titans_pretrain.files import sha256_file
@@ -67,14 +68,33 @@ class Plan:
         """A task's units in the order in which it reads them, each with its ordinal first."""
         layouts = self._layouts()
         ends = list(accumulate(shape.units for shape in layouts))
-        order = shuffled(ends[-1] if ends else 0, self.content["settings"]["seed"], UNITS)
         found = []
-        for ordinal in order[task :: self.tasks]:
+        for ordinal in self._dealt(task, ends):
             place = bisect_right(ends, ordinal)
             shape = layouts[place]
             unit = ordinal - (ends[place] - shape.units)
             found.append((ordinal, self.inputs[place], shape, unit))
         return found
+
+    @property
+    def deals_files(self) -> bool:
+        """Whether a compressed file goes to one task whole, so that it is unpacked once in all."""
+        packed = sum(entry["name"].endswith(PACKED) for entry in self.content["inputs"])
+        return packed >= max(self.tasks, 2)
+
+    def _dealt(self, task: int, ends: Sequence[int]) -> Iterator[int]:
+        """Ordinals of a task's units: every T-th of all units, or of all files, in random order."""
+        seed = self.content["settings"]["seed"]
+        if not self.deals_files:
+            yield from shuffled(ends[-1] if ends else 0, seed, UNITS)[task :: self.tasks]
+            return
+        spans = []
+        for entry, end in zip(self.content["inputs"], ends, strict=True):
+            start = end - entry["units"]
+            whole = entry["name"].endswith(PACKED)
+            spans += [range(start, end)] if whole else [range(i, i + 1) for i in range(start, end)]
+        for place in shuffled(len(spans), seed, UNITS)[task :: self.tasks]:
+            yield from (spans[place][i] for i in shuffled(len(spans[place]), seed, UNITS, place))
 
     def _layouts(self) -> list[Layout]:
         return [

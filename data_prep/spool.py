@@ -1,8 +1,8 @@
 """Compressed files unpacked once, for all processes of a task, in $TMPDIR.
 
-A file is unpacked by whoever asks first, while others wait for it. At most ``KEPT`` of them are
-kept; the one used longest ago goes. The folder is its task's alone: the task removes it at its
-end, and the next task on the machine removes what a killed one left.
+A file is unpacked by whoever asks first, while others wait for it. Few of them are kept; the one used
+longest ago goes. The folder is its task's alone: the task removes it at its end, and the next task on
+the machine removes what a killed one left.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from data_prep import inputs
 from data_prep.inputs import Input
 from titans_pretrain.errors import TitansError
 
-KEPT = 256
+KEPT, KEPT_IN_TURN = 256, 4  # files; fewer where they are wanted one after another
 BLOCK, READ_AHEAD = 2**20, 2**23  # bytes unpacked, and fetched, at a time
 WINDOW = 2**31  # bytes back that zstd may refer to, as of `zstd --long=31`
 SKIPPABLE, REPEATED_BYTE, CHECKSUM = 0x184D2A50, 1, 4  # of RFC 8878
@@ -41,8 +41,11 @@ def is_packed(item: Input) -> bool:
 
 
 @contextlib.contextmanager
-def shared() -> Iterator[Path]:
+def shared(kept: int = KEPT) -> Iterator[Path]:
     """A folder for unpacked files, removed at the end; its path may be given to other processes.
+
+    Args:
+        kept: the most files in it.
 
     Raises:
         TitansError: $TMPDIR cannot be written.
@@ -54,6 +57,7 @@ def shared() -> Iterator[Path]:
             folder = Path(tempfile.mkdtemp(dir=base))
             alive = os.open(folder / ALIVE, os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(alive, fcntl.LOCK_EX)
+            os.write(alive, str(kept).encode())
     try:
         yield folder
     finally:
@@ -171,14 +175,16 @@ def _unpack(item: Input, part: Path) -> None:
 
 
 def _keep_few(folder: Path) -> None:
-    """Remove what was used longest ago; says once that this happens."""
-    times = {}
+    """Remove what was used longest ago; says once that this happens with a great many files."""
+    kept, times = int((folder / ALIVE).read_text()), {}
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):
             if not path.suffix:
                 times[path] = path.stat().st_mtime_ns
-    for path in sorted(times, key=times.__getitem__)[: max(0, len(times) - KEPT)]:
+    for path in sorted(times, key=times.__getitem__)[: max(0, len(times) - kept)]:
         path.unlink(missing_ok=True)
+        if kept < KEPT:
+            continue
         with contextlib.suppress(FileExistsError):
             (folder / "told.lock").touch(exist_ok=False)
             print(

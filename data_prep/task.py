@@ -151,7 +151,8 @@ class _Task:
         with contextlib.ExitStack() as stack:
             work = self.work
             if any(spool.is_packed(item) for _, item, _, _ in work.units):
-                work = replace(work, spool=stack.enter_context(spool.shared()))
+                kept = spool.KEPT_IN_TURN if self.plan.deals_files else spool.KEPT
+                work = replace(work, spool=stack.enter_context(spool.shared(kept)))
             if self.workers:
                 yield stack.enter_context(Workers(work, self.workers))
             else:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_up import rows, sentences, write_jsonl
 
-from data_prep import estimate, forecast, inputs, manifest, plan, tokenizer
+from data_prep import estimate, forecast, inputs, manifest, plan, spool, task, tokenizer
 from data_prep.settings import Settings
 from data_prep.sources import documents
 from titans_pretrain.errors import UserError
@@ -428,6 +428,49 @@ def test_compressed_inputs_need_room_to_be_unpacked(freeze, tmp_path):
     told = forecast.facts(plan.load(output)[0], output)
     assert told["temporary_bytes"] == pytest.approx(len(content), rel=0.3)
     assert "TMPDIR" in forecast.text(told)
+
+
+def packed_corpus(folder, files):
+    import gzip
+
+    for index in range(files):
+        content = "".join(json.dumps(row) + "\n" for row in rows(1500, seed=index))
+        (folder / f"{index}.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+
+
+def test_a_compressed_file_goes_to_one_task_whole_if_every_task_gets_one(freeze, tmp_path):
+    packed_corpus(tmp_path, 5)
+    write_jsonl(tmp_path / "plain.jsonl", rows(2500, seed=9))
+    whole, _ = plan.load(freeze(f"{tmp_path}/*.jsonl*", "whole", tasks=3))
+    dealt = [whole.task_units(task) for task in range(3)]
+    assert sorted(ordinal for units in dealt for ordinal, *_ in units) == list(range(13))
+    for units in dealt:
+        names = [item.name for _, item, _, _ in units if item.name.endswith(".gz")]
+        assert names
+        assert all(names.count(name) == 2 for name in names)
+        assert names[::2] == names[1::2]
+    assert forecast.facts(whole, tmp_path / "whole")["temporary_bytes"] > 0
+    fewer, _ = plan.load(freeze(f"{tmp_path}/*.jsonl*", "fewer", tasks=6))
+    assert max(len(fewer.task_units(task)) for task in range(6)) == 3
+
+
+def test_files_dealt_whole_are_unpacked_once_and_few_are_kept(
+    freeze, tmp_path, monkeypatch, capsys
+):
+    packed_corpus(tmp_path, 6)
+    unpacked = []
+    unpack = spool._unpack
+
+    def counted(item, part):
+        unpacked.append(item.name)
+        unpack(item, part)
+
+    output = freeze(f"{tmp_path}/*.gz", tasks=2)
+    monkeypatch.setattr(spool, "_unpack", counted)
+    for task_number in range(2):
+        task.prepare(output, task_number)
+    assert sorted(unpacked) == [f"{index}.jsonl.gz" for index in range(6)]
+    assert "again and again" not in capsys.readouterr().err
 
 
 def test_duplicates_are_taken_off_the_forecast(freeze, tmp_path):

@@ -111,7 +111,7 @@ def test_the_spool_of_a_killed_task_is_removed_by_the_next_and_one_in_use_is_not
 def test_few_unpacked_files_are_kept_and_more_are_told_once(tmp_path, monkeypatch, capsys, counted):
     monkeypatch.setattr(spool, "KEPT", 3)
     items = packed(tmp_path, 5, ".zst")
-    with spool.shared() as folder:
+    with spool.shared(3) as folder:
         for index in (0, 1, 2, 0, 3, 0):
             spool.unpacked(folder, items[index]).close()
         assert [item.name for item in counted] == [items[index].name for index in range(4)]
@@ -123,22 +123,18 @@ def test_few_unpacked_files_are_kept_and_more_are_told_once(tmp_path, monkeypatc
     assert capsys.readouterr().err.count("over 3 compressed inputs") == 1
 
 
-def test_a_file_that_goes_while_it_is_read_is_read_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(spool, "KEPT", 1)
+def test_a_file_that_goes_while_it_is_read_is_read_to_its_end(tmp_path):
     items = packed(tmp_path, 2)
-    with spool.shared() as folder:
+    with spool.shared(1) as folder:
         first = spool.unpacked(folder, items[0])
         spool.unpacked(folder, items[1]).close()
         with first:
             assert first.read().count(b"\n") == 3
 
 
-def test_a_reader_keeps_one_unpacked_file_open_so_that_removed_ones_take_no_room(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(spool, "KEPT", 2)
+def test_a_reader_keeps_one_unpacked_file_open_so_that_removed_ones_take_no_room(tmp_path):
     items = packed(tmp_path, 6)
-    with spool.shared() as folder, Reader(Columns(), folder) as reader:
+    with spool.shared(2) as folder, Reader(Columns(), folder) as reader:
         for item in items:
             list(reader.rows(item, sources.layout(item), 0))
         handles = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
