@@ -1,8 +1,8 @@
 """Compressed files unpacked once, for all processes of a task, in $TMPDIR.
 
-A file is unpacked by whoever asks first, while others wait for it. Few of them are kept; the one used
-longest ago goes. The folder is its task's alone: the task removes it at its end, and the next task on
-the machine removes what a killed one left.
+A file is unpacked by whoever asks first, while others wait for it. Few of them are kept; the one
+used longest ago goes. The folder is its task's alone: the task removes it at its end, and the next
+task on the machine removes what a killed one left.
 """
 
 import contextlib
