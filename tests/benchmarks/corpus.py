@@ -98,15 +98,15 @@ class Corpus:
         """The same as a pattern."""
         return str(self.directory / "*.parquet")
 
-    def first(self, directory: Path) -> "Corpus":
-        """Its first document as a corpus of its own."""
-        table = pyarrow.parquet.ParquetFile(self.files[0]).read_row_group(0).slice(0, 1)
-        text = table.column("text")[0].as_py()
+    def first(self, directory: Path, documents: int) -> "Corpus":
+        """Its first documents as a corpus of their own, a row group each."""
+        table = pyarrow.parquet.ParquetFile(self.files[0]).read_row_group(0).slice(0, documents)
+        text = "".join(table.column("text").to_pylist())
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
-        pyarrow.parquet.write_table(table, directory / self.files[0].name)
+        pyarrow.parquet.write_table(table, directory / self.files[0].name, row_group_size=1)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return Corpus(directory, 1, len(text), len(text.encode()), 1, {}, digest)
+        return Corpus(directory, documents, len(text), len(text.encode()), 1, {}, digest)
 
     def jsonl(self) -> Path:
         """The same rows in the same order, a line each; written when first asked for."""

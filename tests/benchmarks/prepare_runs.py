@@ -26,7 +26,7 @@ class Materials:
 
     Attributes:
         text: what is prepared.
-        document: a corpus of a single document.
+        document: a corpus of two documents.
         model: the sentencepiece tokenizer.
         hugging_face: directory of the same tokenizer in Hugging Face's format.
         python: the interpreter of the peers.
@@ -61,7 +61,7 @@ class Contender:
         read: the ids of each document in that directory, with EOS.
         cores: that it may use.
         encoder: ours alone: which.
-        timed: the command says what the work cost; else a run on one document is taken off.
+        timed: the command says what the work cost; else a run on two documents is taken off.
     """
 
     name: str

@@ -71,7 +71,7 @@ def test_a_corpus_holds_every_document_once_in_rows_of_fineweb_edu(tmp_path):
     assert [json.loads(line)["text"] for line in found.jsonl().read_text().splitlines()] == texts(
         found
     )
-    assert texts(found.first(tmp_path / "one")) == texts(found)[:1]
+    assert texts(found.first(tmp_path / "two", 2)) == texts(found)[:2]
 
 
 def test_a_corpus_is_made_once_and_again_for_other_arguments(tmp_path):
