@@ -96,8 +96,8 @@ def contenders(
 
 
 def plan(text: Corpus, model: Path, directory: Path, *settings: object) -> Measured:
-    """Freeze a plan of the corpus in ``directory``."""
-    words = [TITANS, "data", "plan", "--input", text.glob, "--tokenizer", model]
+    """Freeze a plan of one task in ``directory``."""
+    words = [TITANS, "data", "plan", "--input", text.glob, "--tokenizer", model, "--tasks", 1]
     return peers.measure([*words, "--output", directory, *settings])
 
 
