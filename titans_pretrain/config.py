@@ -5,30 +5,23 @@ the value and the fix. No torch here.
 """
 
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from titans_pretrain import config_rules
+from titans_pretrain.config_job import JobSection, PipelineSection
+from titans_pretrain.config_section import Section
 from titans_pretrain.errors import UserError, nearest
 from titans_pretrain.model import fields
 
-PRESETS = Path(__file__).resolve().parent.parent / "configs" / "model"
-
-
-class Section(BaseModel):
-    """A group of keys; unknown ones are refused."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PRESETS = CONFIGS / "model"
+CLUSTERS = CONFIGS / "cluster"
 
 
 class LengthStage(Section):
@@ -189,6 +182,8 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     guard: GuardSection = GuardSection()
     run: RunSection
+    job: JobSection = JobSection()
+    pipeline: PipelineSection = PipelineSection()
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -222,6 +217,8 @@ def resolve(
             ("model",), f"model: {values['model']!r} is no mapping", "give keys of the model"
         )
     values["model"] = resolve_model(values.get("model", {}), where)
+    if isinstance(values.get("job"), dict):
+        values["job"] = resolve_job(values["job"], where)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
@@ -263,6 +260,34 @@ def resolve_model(section: Mapping[str, Any], where: "_Where | None" = None) -> 
                 "take it out, or choose a variant out of " + ", ".join(fields.TABLE[name].variants),
             )
     return values
+
+
+def resolve_job(section: Mapping[str, Any], where: "_Where | None" = None) -> dict[str, Any]:
+    """The keys of a job: those of its cluster's profile, and those given that differ."""
+    where = where or _Where("job", {})
+    if set(section) >= set(JobSection.model_fields):
+        return dict(section)  # written by dump: a profile that changed since does not count
+    name = section.get("cluster", "")
+    return (load_profile(name, where) if name else {}) | dict(section)
+
+
+def load_profile(name: Any, where: "_Where | None" = None) -> dict[str, Any]:
+    """The keys of ``job`` that a profile in ``configs/cluster``, or a file of one's own, sets."""
+    where = where or _Where("job.cluster", {})
+    known = sorted(path.stem for path in CLUSTERS.glob("*.yaml"))
+    key, path = ("job", "cluster"), Path(str(name))
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in known:
+            where.fail(key, f"job.cluster: no profile {name!r}", nearest(str(name), known))
+        path = CLUSTERS / f"{name}.yaml"
+    raw, lines = _read(path)
+    try:
+        JobSection.model_validate(raw)
+    except ValidationError as error:
+        _explain(
+            error, _Where(str(path), {("job", *at): line for at, line in lines.items()}), "job"
+        )
+    return raw
 
 
 def load_preset(name: Any, where: "_Where | None" = None) -> dict[str, Any]:
@@ -393,10 +418,11 @@ def _make_absolute(raw: Mapping[str, Any]) -> None:
             holder[key] = str(Path(place).absolute())
 
 
-def _explain(error: ValidationError, where: _Where) -> NoReturn:
-    """Turn pydantic's first complaint into three lines."""
-    first = error.errors()[0]
-    key = tuple(str(part) for part in first["loc"])
+def _explain(error: ValidationError, where: _Where, *under: str) -> NoReturn:
+    """Turn pydantic's first complaint into three lines; a wrong name before what it leaves out."""
+    errors = error.errors()
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    key = (*under, *(str(part) for part in first["loc"]))
     name = ".".join(key)
     if first["type"] == "extra_forbidden":
         known = _keys_of(key[:-1])
@@ -407,14 +433,16 @@ def _explain(error: ValidationError, where: _Where) -> NoReturn:
 
 
 def _keys_of(section: tuple[str, ...]) -> list[str]:
-    kinds: dict[str, type[BaseModel]] = {
-        name: field.annotation  # type: ignore[misc]
-        for name, field in RunConfig.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-    }
-    if not section:
-        return list(RunConfig.model_fields)
-    items: dict[str, type[BaseModel]] = {"length_schedule": LengthStage, "mixture": MixturePart}
-    if section[0] == "data" and len(section) > 1:
-        return list(items[section[1]].model_fields)
-    return list(kinds[section[0]].model_fields)
+    """Keys that the group at this path may have; parts that name no field are places in it."""
+    group: type[BaseModel] = RunConfig
+    for part in section:
+        field = group.model_fields.get(part)
+        group = (_group_in(field.annotation) or group) if field else group
+    return list(group.model_fields)
+
+
+def _group_in(annotation: Any) -> type[BaseModel] | None:
+    """The group of keys that a field's type holds, alone, in a list or by name."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_group_in, typing.get_args(annotation))), None)

@@ -17,7 +17,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/training.md"
 SECTIONS = {
     name: field.annotation
     for name, field in config.RunConfig.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    if isinstance(field.annotation, type)
+    and issubclass(field.annotation, BaseModel)
+    and name not in ("job", "pipeline")  # docs/slurm.md has them
 }
 
 
