@@ -129,8 +129,18 @@ def test_a_pipeline_that_prepares_data_needs_input_and_a_tokenizer():
     assert resolved(pipeline={"data": PREPARE}).pipeline.data.tasks == 1
     with pytest.raises(UserError, match=r"pipeline\.data\.tokenizer: missing"):
         resolved(pipeline={"data": {"input": ["a"]}})
-    with pytest.raises(UserError, match=r"pipeline\.data\.input"):
-        resolved(pipeline={"data": {"input": [], "tokenizer": "t"}})
+    with pytest.raises(UserError, match="nothing to prepare"):
+        resolved(pipeline={"data": {"tokenizer": "t"}})
+    dataset = {"tokenizer": "t", "options": ["--dataset=HuggingFaceFW/fineweb-edu"]}
+    assert resolved(pipeline={"data": dataset}).pipeline.data.input == []
+    with pytest.raises(UserError, match="both given"):
+        resolved(pipeline={"data": dataset | {"input": ["a"]}})
+
+
+def test_prepared_data_needs_a_directory():
+    data = {"manifest": "s3://bucket/manifest.json", "sequence_length": 64}
+    with pytest.raises(UserError, match=r"pipeline\.data: prepared data needs a directory"):
+        resolved(data=data, pipeline={"data": PREPARE})
 
 
 def test_every_key_of_a_job_is_documented():

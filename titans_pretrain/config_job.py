@@ -52,6 +52,7 @@ Names = Annotated[str, _checked(r"[\w.@+,&|*()\[\]:=-]+", "spaces and quotes are
 Memory = Annotated[str, _checked(r"\d+[KMGT]?", "write a number and K, M, G or T, or 0 for all")]
 Option = Annotated[str, _checked(r"--[a-z][a-z0-9-]*(=[^\r\n]*)?", "write --name or --name=value")]
 Variable = Annotated[str, _checked(r"[A-Za-z_]\w*", "use letters, digits and _ only")]
+Module = Annotated[str, _checked(r"[\w.@+/-]+", "give a module's name")]
 Line = Annotated[str, _checked(r"[^\r\n\0]*", "give one line")]
 Time = Annotated[str, AfterValidator(_time)]
 
@@ -102,7 +103,7 @@ class JobSection(Section):
     """Nodes to leave out."""
     options: list[Option] = []
     """Further options of sbatch, each --name or --name=value."""
-    modules: list[Name | Annotated[str, _checked(r"[\w.@+/-]+", "give a module's name")]] = []
+    modules: list[Module] = []
     """Environment modules to load."""
     environment: dict[Variable, Line] = {}
     """Variables for the ranks, such as those of NCCL."""
@@ -147,8 +148,8 @@ class JobSection(Section):
 class PrepareSection(Section):
     """The data to prepare before training, into the directory of data.manifest."""
 
-    input: Annotated[list[Line], Field(min_length=1)]
-    """Files or globs, as ``titans data plan --input`` takes them."""
+    input: list[Line] = []
+    """Files or globs, as ``titans data plan --input`` takes them; or none and --dataset=NAME."""
     tokenizer: Annotated[Line, Field(min_length=1)]
     """The sentencepiece model."""
     tasks: int = Field(default=1, ge=1)

@@ -28,6 +28,7 @@ def problems(config: "RunConfig") -> Iterator[Problem]:
     yield from _tensor(config)
     yield from _sequence(config)
     yield from _guard(config)
+    yield from _pipeline(config)
 
 
 def grid(model: dict[str, Any]) -> int:
@@ -176,6 +177,25 @@ def _guard(config: "RunConfig") -> Iterator[Problem]:
             ("guard", "rollback_steps"),
             f"policy {guard.policy!r} does not use it",
             "take it out, or use policy rollback",
+        )
+
+
+def _pipeline(config: "RunConfig") -> Iterator[Problem]:
+    data = config.pipeline.data
+    if data is None:
+        return
+    named = any(option.startswith("--dataset=") for option in data.options)
+    if bool(data.input) == named:
+        yield Problem(
+            ("pipeline", "data"),
+            "input and --dataset are both given" if named else "there is nothing to prepare",
+            "give either input, a list of files, or --dataset=NAME among options",
+        )
+    if config.data.manifest is None or "://" in config.data.manifest:
+        yield Problem(
+            ("pipeline", "data"),
+            "prepared data needs a directory of its own",
+            "set data.manifest to DIRECTORY/manifest.json",
         )
 
 
