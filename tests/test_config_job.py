@@ -125,6 +125,14 @@ def test_time_limits_are_read_as_slurm_reads_them(text, minutes):
     assert resolved(job={"time": text}).job.minutes == minutes
 
 
+def test_a_time_limit_needs_no_quotes(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(RUN) + "job:\n  time: 24:00:00\n")
+    assert config.load(path).job.minutes == 1440
+    assert config.load(path, ["job.time=1:30"]).job.minutes == 1.5
+    assert config.load(path, ["job.time=2-0"]).job.minutes == 2880
+
+
 def test_a_pipeline_that_prepares_data_needs_input_and_a_tokenizer():
     assert resolved(pipeline={"data": PREPARE}).pipeline.data.tasks == 1
     with pytest.raises(UserError, match=r"pipeline\.data\.tokenizer: missing"):

@@ -24,8 +24,9 @@ def test_the_models_python_runs(capsys):
 
 
 def test_the_readmes_run_loads_and_trains_as_many_tokens_as_the_paper():
-    (text,) = blocks("README.md", "yaml")
-    run = config.resolve(yaml.safe_load(text), source="README.md")
+    text, jobs = blocks("README.md", "yaml")
+    run = config.resolve(yaml.safe_load(text) | yaml.safe_load(jobs), source="README.md")
+    assert run.job.ranks == 32
     tokens = run.train.steps * run.train.global_batch_size * run.data.sequence_length
     assert 14.9e9 < tokens < 15.1e9
 
@@ -40,6 +41,9 @@ def test_every_command_of_the_readme_parses():
         "export",
         "generate",
         "report",
+        "doctor",
+        "submit",
+        "status",
     }
     for words in commands:
         assert callable(_parser().parse_args(words).verb)

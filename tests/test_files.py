@@ -111,3 +111,30 @@ def test_a_writer_whose_file_was_removed_before_it_was_locked_begins_again(tmp_p
     monkeypatch.setattr(files.fcntl, "flock", too_late)
     files.write_json(tmp_path / "a", [1])
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[1]", b"\xff", b"[" * 100_000])
+def test_what_is_no_whole_json_object_is_none(tmp_path, content):
+    path = tmp_path / "x.json"
+    assert files.read_json(path) is None
+    path.write_bytes(content)
+    assert files.read_json(path) is None
+
+
+def test_the_last_lines_are_read_without_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "FIRST_TAIL_BYTES", 4)
+    path = tmp_path / "x.log"
+    path.write_bytes(b"one\r\ntwo\n\nthree")
+    assert files.last_lines(path, 2) == b"\nthree"
+    assert files.last_lines(path, 9) == path.read_bytes()
+    assert files.last_lines(path, 1, end=9) == b"two\n"
+    monkeypatch.setattr(files, "LARGEST_TAIL_BYTES", 4)
+    assert files.last_lines(path, 9) == b"hree"
+
+
+def test_the_last_rows_are_whole_json_objects(tmp_path):
+    path = tmp_path / "x.jsonl"
+    assert files.last_rows(path, 9) == []
+    path.write_bytes(b'{"a": 1}\n[2]\nnull\n{"a": 3}\n{"a": ')
+    assert files.last_rows(path, 9) == [{"a": 1}, {"a": 3}]
+    assert files.last_rows(path, 2) == [{"a": 3}]

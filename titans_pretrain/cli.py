@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain import cli_data, errors, terminal
-from titans_pretrain.cli_types import natural, positive
+from titans_pretrain import cli_data, cli_slurm, errors, terminal
+from titans_pretrain.cli_types import natural, positive, share
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train, with local ranks of its own or those that torchrun or srun started."""
+    from titans_pretrain.train.signals import StopRequest
+
+    stop = StopRequest()  # from here on, before the long imports, a signal kills nothing
     from titans_pretrain import config
     from titans_pretrain.train import launch
 
@@ -49,6 +52,7 @@ def train(options: argparse.Namespace) -> int:
         ranks=options.ranks,
         resume=options.resume,
         arguments=arguments,
+        stop=stop,
     )
 
 
@@ -155,6 +159,27 @@ def generate(options: argparse.Namespace) -> None:
     )
 
 
+def evaluate(options: argparse.Namespace) -> None:
+    """Score an exported model on held-out data."""
+    from titans_pretrain.evaluate import heldout
+
+    choice = heldout.Choice(
+        sequence_length=options.sequence_length,
+        validation_fraction=options.validation_fraction,
+        sequences=options.sequences,
+        batch=options.batch,
+    )
+    result = heldout.evaluate(
+        options.model,
+        options.out,
+        options.data,
+        choice,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+    )
+    print(heldout.table(result), end="")
+
+
 def report(options: argparse.Namespace) -> None:
     """Draw loss curves and print a table of runs."""
     from titans_pretrain.report import report
@@ -181,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint(verbs)
     _add_export(verbs)
     _add_generate(verbs)
+    _add_eval(verbs)
     _add_report(verbs)
+    cli_slurm.add(verbs)
     return parser
 
 
@@ -260,6 +287,31 @@ def _add_generate(verbs: Any) -> None:
     verb.add_argument("--top-p", type=float, default=1.0, help="nucleus (%(default)s)")
     verb.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     verb.add_argument("--no-cache", dest="cache", action="store_false", help="recompute each token")
+    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (%(default)s)")
+    verb.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python files of a model of another kind",
+    )
+
+
+def _add_eval(verbs: Any) -> None:
+    verb = verbs.add_parser("eval", help="held-out loss and perplexity of an exported model")
+    verb.set_defaults(verb=evaluate)
+    verb.add_argument("model", type=Path, metavar="MODEL_DIR", help="what titans export wrote")
+    verb.add_argument("out", type=Path, metavar="OUT", help="directory of the results")
+    verb.add_argument(
+        "--data", required=True, metavar="MANIFEST", help="prepared data; path or URL"
+    )
+    verb.add_argument("--sequence-length", type=positive, help="tokens (as in training)")
+    verb.add_argument("--sequences", type=natural, default=0, help="at most; 0: all (%(default)s)")
+    verb.add_argument("--batch", type=positive, default=1, help="sequences at once (%(default)s)")
+    verb.add_argument(
+        "--validation-fraction",
+        type=share,
+        metavar="SHARE",
+        help="of the data, the last, that is held out (as in training)",
+    )
     verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (%(default)s)")
     verb.add_argument(
         "--trust-remote-code",

@@ -341,6 +341,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _as_written(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    """A number; what YAML takes for one in base 60, such as 24:00:00, stays text."""
+    if ":" in node.value:
+        return node.value
+    read = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
+    return read(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _as_written)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".tmp"
 ABANDONED_SECONDS = 3600.0
+FIRST_TAIL_BYTES, LARGEST_TAIL_BYTES = 2**16, 2**24
 
 
 def sync_directory(path: Path) -> None:
@@ -76,6 +77,52 @@ def write_json(path: Path, value: object) -> None:
     with atomic_file(path, "w") as handle:
         json.dump(value, handle, indent=2, sort_keys=True, allow_nan=False)
         handle.write("\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object that a file holds; None where it is missing, torn or anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def last_lines(path: Path, count: int, *, end: int | None = None) -> bytes:
+    """The last lines of a file, of which no more is read than it takes; at most 16 MiB.
+
+    Args:
+        path: the file, of any size.
+        count: lines, a last one that has no end included.
+        end: what comes after so many bytes does not count; None takes the whole file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        end = size if end is None else min(end, size)
+        read = FIRST_TAIL_BYTES
+        while True:
+            first = max(0, end - read)
+            handle.seek(first)
+            lines = handle.read(end - first).splitlines(keepends=True)
+            if first == 0 or len(lines) > count or read >= LARGEST_TAIL_BYTES:
+                return b"".join(lines[-count:])
+            read *= 4
+
+
+def last_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """The last JSON objects of a file with one a line; lines that are torn or none are left out."""
+    try:
+        lines = last_lines(path, count).splitlines()
+    except OSError:
+        return []
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def sha256_file(path: Path) -> str:

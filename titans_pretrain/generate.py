@@ -85,7 +85,7 @@ def generate(
     disable_progress_bar()
     set_verbosity_error()
     model, tokenizer = load(directory, trust_remote_code=trust_remote_code)
-    model.to(_device(device))
+    model.to(choose_device(device))
     inputs = _inputs(tokenizer, prompt, model)
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:
@@ -118,7 +118,7 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-    settings = _settings(directory)
+    found = settings(directory)
     where = str(directory)
     options: dict[str, Any] = {
         "dtype": "auto",
@@ -127,7 +127,7 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
         "output_loading_info": True,
     }
     try:
-        if settings.get("model_type") == "titans":
+        if found.get("model_type") == "titans":
             from titans_pretrain.model.modeling_titans import TitansForCausalLM
 
             _check_files(directory)
@@ -135,9 +135,9 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
             model, loading = TitansForCausalLM.from_pretrained(directory, **options)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         else:
-            if settings.get("auto_map") and not trust_remote_code:
+            if found.get("auto_map") and not trust_remote_code:
                 raise UserError(
-                    f"the model brings code of its own (model_type {settings.get('model_type')!r})",
+                    f"the model brings code of its own (model_type {found.get('model_type')!r})",
                     where=where,
                     fix="read its Python files, then add --trust-remote-code",
                 )
@@ -191,7 +191,12 @@ def _check_loaded(loading: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _settings(directory: Path) -> dict[str, Any]:
+def settings(directory: Path) -> dict[str, Any]:
+    """A model's ``config.json``.
+
+    Raises:
+        UserError: the directory holds none, or none that can be read.
+    """
     if not directory.is_dir():
         raise UserError(
             f"{directory} is no directory",
@@ -200,7 +205,7 @@ def _settings(directory: Path) -> dict[str, Any]:
         )
     path = directory / "config.json"
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         fix = "give what titans export wrote"
         if (directory / "checkpoints").is_dir() or (directory / "tensors.json").is_file():
@@ -212,13 +217,13 @@ def _settings(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"config.json cannot be read: {error}", where=str(path), fix="export it again"
         ) from None
-    if not isinstance(settings, dict):
+    if not isinstance(values, dict):
         raise UserError(
-            f"config.json holds a {type(settings).__name__} instead of a mapping",
+            f"config.json holds a {type(values).__name__} instead of a mapping",
             where=str(path),
             fix="export it again",
         )
-    return settings
+    return values
 
 
 def _compare_code(directory: Path) -> None:
@@ -236,7 +241,12 @@ def _compare_code(directory: Path) -> None:
         )
 
 
-def _device(name: str) -> Any:
+def choose_device(name: str) -> Any:
+    """The torch.device of a name; ``auto`` is a GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
     import torch
 
     if name == "auto":

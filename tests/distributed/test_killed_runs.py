@@ -93,7 +93,7 @@ class Command:
 
     def is_writing(self):
         """Whether a rank has begun its file of the newest step's checkpoint, which has no name."""
-        return any(self.run.glob(f"checkpoints/.step-{self.metrics()[1]}.tmp/rank-*"))
+        return any(self.run.glob(f"checkpoints/.step-{self.metrics()[1]}.*tmp/rank-*"))
 
     def remains(self):
         """What saves left that did not come to their end: names and times."""

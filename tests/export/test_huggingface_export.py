@@ -246,6 +246,19 @@ def test_bad_arguments_are_the_users_mistakes(run, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "there"]
 
 
+def test_the_same_export_again_changes_nothing_and_another_is_refused(run, tmp_path, unproven):
+    out = tmp_path / "out"
+    source = huggingface.export(run, out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert huggingface.export(run, out) == source
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(UserError, match="out exists"):
+        huggingface.export(run, out, dtype="bfloat16")
+    (out / "config.json").unlink()
+    with pytest.raises(TitansError, match=r"damaged: config\.json is missing"):
+        huggingface.export(run, out)
+
+
 @pytest.mark.parametrize("kib", [64, 250])
 def test_a_full_disk_leaves_nothing(kib, run, tmp_path, unproven):
     mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", tmp_path]

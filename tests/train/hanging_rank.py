@@ -8,6 +8,7 @@ from pathlib import Path
 from titans_pretrain.parallel.whereabouts import Whereabouts
 from titans_pretrain.train import watch
 from titans_pretrain.train.directory import RunDirectory
+from titans_pretrain.train.lease import Lease
 
 watch.POLL_SECONDS = 0.05
 watch.LOOK_SECONDS = 0.2
@@ -41,7 +42,7 @@ def main(directory, rank, ranks, how):
         rank,
         ranks,
         whereabouts,
-        start=START,
+        lease=Lease(run.lock, START),
         seconds=60 if how == "patient" else 1,
         complain=lambda text: print(text, file=terminal, flush=True),
     )

@@ -30,6 +30,17 @@ class Run:
         """Run the command to its end: exit code, standard output, standard error."""
         return end(self.start(*arguments, **environment), timeout)
 
+    def train_by(self, program, **environment):
+        """Run a Python program with the command's arguments to its end; like ``train``."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, "train", str(self.file)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        )
+        return end(process)
+
     def rows(self):
         """Whole rows of metrics.jsonl."""
         path = self.directory / "metrics.jsonl"

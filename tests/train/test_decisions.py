@@ -217,6 +217,6 @@ def test_a_start_that_failed_before_its_first_step_is_mended_and_started_again(m
     assert [path.name for path in directory.checkpoints.glob("step-*")] == ["step-0"]
     trainer = make_trainer(steps=2, **guarded("rollback", limit=1))
     assert directory.check(trainer._config, resume=False) == []
-    directory.forget_failure()
+    directory.forget_last()
     trainer.run()
     assert [row.get("event", row["step"]) for row in rows(make_trainer)] == ["stop", 1, 2]

@@ -69,7 +69,7 @@ def test_the_state_before_the_first_step_is_no_run_and_makes_room_for_the_next_s
     before = begun.checkpoints / "step-0"
     before.mkdir()
     assert begun.check(resolved(begun.path, model={"hidden_size": 96}), resume=False) == []
-    begun.forget_failure()
+    begun.forget_last()
     assert not before.exists()
 
 
@@ -81,7 +81,7 @@ def test_the_state_before_the_first_step_stays_once_a_step_was_done_or_undone(be
     (begun.checkpoints / "step-0").mkdir()
     with pytest.raises(UserError, match="a run is here already"):
         begun.check(resolved(begun.path), resume=False)
-    begun.forget_failure()
+    begun.forget_last()
     assert (begun.checkpoints / "step-0").exists()
 
 
@@ -145,18 +145,10 @@ def test_a_run_begun_before_a_field_of_the_model_cannot_take_another_value(begun
     assert "use model.attend_across_documents=True" in caught.value.fix
 
 
-def test_two_processes_cannot_hold_one_run(begun):
-    held = begun.lock()
-    with pytest.raises(UserError, match="another process is training this run"):
-        begun.lock()
-    held.close()
-    begun.lock().close()
-
-
 def test_a_new_start_forgets_the_last_failure(begun):
     begun.error.write_text("{}")
-    begun.forget_failure()
-    begun.forget_failure()
+    begun.forget_last()
+    begun.forget_last()
     assert not begun.error.exists()
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from titans_pretrain.errors import TitansError
+from titans_pretrain.errors import UserError
 from titans_pretrain.train import launch
 
 STEP = {
@@ -50,31 +50,40 @@ def test_without_several_tasks_no_ranks_are_given(environment):
     assert launch.given_ranks(environment) == {}
 
 
-def test_scontrol_names_the_first_host(monkeypatch, tmp_path):
-    script = tmp_path / "scontrol"
-    script.write_text('#!/bin/sh\ntest "$3" = "odd[1-2]" && printf "odd-one\\nodd-two\\n"\n')
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert launch.first_host("odd[1-2]") == "odd-one"
+@pytest.mark.usefixtures("no_scontrol")
+def test_the_host_of_each_rank_is_known_in_a_step_and_nowhere_else():
+    given = launch.given_ranks(STEP)
+    nodes = ["gpu003", "gpu003", "gpu004", "gpu004", "gpu005", "gpu005"]
+    assert launch.hosts_of_ranks(STEP | given) == nodes
+    assert launch.hosts_of_ranks(STEP | given | {"RANK": "0"}) == []  # torchrun's
+    assert launch.hosts_of_ranks({"RANK": "0"}) == []
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NNODES": "2"}
+OWN_STEP = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_NODES": "1"}
+OLD = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
+INTERACTIVE = OWN_STEP | {"SLURM_STEP_ID": "4294967290"}
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    "environment",
     [
-        ("node7", "node7"),
-        ("login1,gpu[3-4]", "login1"),
-        ("gpu[003-006,9],login1", "gpu003"),
-        ("r[1-2]n[03-04]", "r1n03"),
+        JOB,
+        JOB | {"SLURM_PROCID": "0"},
+        JOB | INTERACTIVE,
+        {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2"},
     ],
+    ids=["salloc", "batch script", "interactive step", "old names"],
 )
-def test_without_scontrol_the_list_is_read(no_scontrol, nodes, first):
-    assert launch.first_host(nodes) == first
+def test_several_nodes_without_srun_are_refused(environment):
+    with pytest.raises(UserError, match="has 2 nodes, but without srun only this one would train"):
+        launch.refuse_several_nodes(environment)
 
 
-def test_an_unreadable_list_is_an_error_and_no_localhost(no_scontrol):
-    with pytest.raises(TitansError, match="no host in SLURM_STEP_NODELIST ''"):
-        launch.first_host("")
-
-
-def test_tasks_per_node_are_expanded():
-    assert launch.tasks_per_node("2(x3),1,4(x2)") == [2, 2, 2, 1, 4, 4]
+@pytest.mark.parametrize(
+    "environment",
+    [{}, JOB | {"SLURM_JOB_NUM_NODES": "1"}, JOB | OWN_STEP],
+    ids=["no SLURM", "one node", "a step on one node"],
+)
+def test_local_ranks_start_where_no_other_node_stands_idle(environment):
+    launch.refuse_several_nodes(environment)

@@ -15,7 +15,7 @@ THREE_LINES = "error: no file\\nwhere: data\\nfix:   give one"
 @pytest.fixture(autouse=True)
 def handlers():
     """Puts the signal handlers of the tests' process back."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    numbers = signals.ASKING
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
@@ -84,8 +84,8 @@ def test_a_rank_killed_over_a_cut_file_is_told_of_the_data_and_not_of_memory(wat
 def test_a_second_ctrl_c_ends_at_once_and_blames_no_memory(watch, capsys):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the ranks inherit that
     watching = watch("import time; time.sleep(60)")
-    watching._pass_on(signal.SIGINT, None)
-    watching._pass_on(signal.SIGINT, None)
+    watching.pass_on(signal.SIGINT, None)
+    watching.pass_on(signal.SIGINT, None)
     assert watching.wait() == 1
     complaints = capsys.readouterr().err
     assert complaints.startswith("error: ended at once by a second Ctrl-C")
@@ -95,10 +95,9 @@ def test_a_second_ctrl_c_ends_at_once_and_blames_no_memory(watch, capsys):
 def test_a_signal_to_stop_is_heard_but_nohup_keeps_the_hang_up_ignored():
     heard = []
     signals.on_asking(lambda number, frame: heard.append(number))
-    asking = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-    for number in asking:
+    for number in signals.ASKING:
         signal.raise_signal(number)
-    assert heard == asking
+    assert heard == list(signals.ASKING)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signals.on_asking(lambda number, frame: None)
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -117,4 +116,4 @@ def test_started_ranks_talk_over_the_loopback_unless_told_otherwise(monkeypatch,
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", own)
     monkeypatch.setattr(subprocess, "Popen", popen)
     with pytest.raises(Started, match=own or "lo"):
-        launch.start(["train"], 1)
+        launch.start(["train"], 1, signals.StopRequest())

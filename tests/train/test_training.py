@@ -68,7 +68,8 @@ def test_a_run_moves_to_other_ranks_is_finished_once_and_never_started_twice(mak
     code, _, _ = one.train("train.steps=2", "--ranks", "1")
     assert code == 0
     assert sorted(path.name for path in one.directory.iterdir()) == [
-        ".lock", "checkpoints", "config.yaml", "data.json", "logs", "metrics.jsonl", "ranks.json",
+        ".lock", "checkpoints", "config.yaml", "data.json", "heartbeat", "last_save.json", "logs",
+        "metrics.jsonl", "outcome.json", "ranks.json",
     ]  # fmt: skip
     code, _, complaints = one.train("train.steps=4", "--ranks", "1")
     assert code == 2
@@ -86,7 +87,7 @@ def test_a_run_moves_to_other_ranks_is_finished_once_and_never_started_twice(mak
     assert [row["step"] for row in one.rows()] == [1, 2, 2, 3, 3, 4, 4]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_stop_saves_after_the_step_and_exits_75(make_run, number):
     run = make_run(train={"steps": 10_000}, checkpoint={"every": 0})
     process = run.start("--ranks", "2")
@@ -97,7 +98,7 @@ def test_a_signal_to_stop_saves_after_the_step_and_exits_75(make_run, number):
     last = run.rows()[-1]["step"]
     assert run.steps_saved() == [last]
     assert complaints.splitlines() == [
-        f"error: stopped by a signal after step {last} of 10000",
+        f"error: stopped by {number.name} on rank 0 after step {last} of 10000",
         f"where: {run.directory}/checkpoints/step-{last}",
         "fix:   continue with --resume",
     ]
@@ -125,7 +126,7 @@ def test_sigterm_during_the_start_exits_75_too(make_run, who):
     process.send_signal(signal.SIGTERM)
     code, _, complaints = end(process)
     assert code == 75
-    assert complaints.startswith("error: stopped by a signal")
+    assert complaints.startswith("error: stopped by SIGTERM ")
 
 
 def test_a_reader_that_goes_away_does_not_end_the_training(make_run):

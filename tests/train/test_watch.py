@@ -14,6 +14,7 @@ from hanging_rank import START
 from titans_pretrain.parallel.whereabouts import Whereabouts
 from titans_pretrain.train import watch
 from titans_pretrain.train.directory import RunDirectory
+from titans_pretrain.train.lease import Lease
 
 SCRIPT = Path(__file__).parent / "hanging_rank.py"
 
@@ -125,7 +126,7 @@ def test_a_full_disk_does_not_hide_who_hangs(start):
 def test_an_error_file_that_cannot_be_written_does_not_hide_who_hangs(start, tmp_path):
     (tmp_path / ".error.json").mkdir()
     (process,) = start("asleep")
-    name = f".error.json.{os.uname().nodename}.{process.pid}"
+    name = f"..error-{START}.json.{os.uname().nodename}.{process.pid}"
     (tmp_path / ".error.json").rename(tmp_path / name)
     code, told = outcome(process)
     assert code == 75
@@ -156,7 +157,7 @@ def make_watch(tmp_path):
             0,
             2,
             Whereabouts(),
-            start=START,
+            lease=Lease(tmp_path / ".lock", START),
             seconds=seconds,
             complain=complaints.append,
         )

@@ -14,6 +14,7 @@ from titans_pretrain import config
 from titans_pretrain.errors import StoppedEarly, TitansError, UserError
 from titans_pretrain.parallel.devices import OtherRankFailed
 from titans_pretrain.train import worker
+from titans_pretrain.train.signals import StopRequest
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def make_worker(tmp_path, monkeypatch):
 
     def make(rank, *, prepared=True):
         monkeypatch.setenv("RANK", str(rank))
-        made = worker.Worker(settings)
+        made = worker.Worker(settings, StopRequest())
         made._log = tmp_path / "logs" / f"rank-{rank}.log" if prepared else None
         return made
 
@@ -183,12 +184,12 @@ def test_a_rank_that_failed_ends_whatever_becomes_of_its_report(
     made = make_worker(0)
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(made, "report", report)
-    monkeypatch.setattr(worker, "Worker", lambda config: made)
+    monkeypatch.setattr(worker, "Worker", lambda config, stop: made)
     monkeypatch.setattr(worker.devices, "local_device", fail)
     fill()
     sys.stdout.write("does not fit")
     with pytest.raises(Left) as caught:
-        worker.work(made._config, resume=False)
+        worker.work(made._config, resume=False, stop=made._stop)
     assert caught.value.args == (code,)
 
 
@@ -203,7 +204,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(make_worker
     assert caught.value.exit_code == 1
     assert caught.value.where == str(damaged.parent)
     damaged.rmdir()
-    made._lock.close()
+    made._lease.release()
     notes, checkpoint = made._open(resume=True)
     assert checkpoint is None
     assert notes[-1] == "starting at step 0"
@@ -233,6 +234,7 @@ def resumed(make_worker, tmp_path, monkeypatch):
         monkeypatch.setattr(made, "_open", lambda resume: ([], tmp_path / f"step-{step}"))
         monkeypatch.setattr(made, "_redirect", lambda: None)
         monkeypatch.setattr(made, "_start_watch", lambda: Unwatched())
+        monkeypatch.setattr(made, "_start_heartbeat", lambda: Unwatched())
         made.run(torch.device("cpu"), resume=True)
 
     return run

@@ -1,6 +1,7 @@
 """Work in a thread of its own, which runs no collective."""
 
 import threading
+import time
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Generic, TypeVar, cast
@@ -22,12 +23,16 @@ class Task(Generic[T]):
     Args:
         action: what to do.
         name: the thread's name, for stack dumps.
+
+    Attributes:
+        seconds: that it took; 0 until it has ended.
     """
 
     def __init__(self, action: Callable[[], T], name: str) -> None:
         self._action = action
         self._outcome: T | None = None
         self._failure: BaseException | None = None
+        self.seconds = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -45,7 +50,9 @@ class Task(Generic[T]):
         return cast(T, self._outcome)
 
     def _run(self) -> None:
+        began = time.perf_counter()
         try:
             self._outcome = self._action()
         except BaseException as error:
             self._failure = error
+        self.seconds = time.perf_counter() - began

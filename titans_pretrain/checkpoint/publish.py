@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint will lie, and where it lies until it is whole."""
+    """Where a checkpoint will lie, and where it lies until it is whole.
+
+    Attributes:
+        root: directory of the run's checkpoints.
+        step: optimizer steps done.
+        owner: names the start that saves, so that no other one's ranks write beside its own.
+    """
 
     root: Path
     step: int
+    owner: str = ""
 
     @property
     def path(self) -> Path:
@@ -34,24 +41,36 @@ class Place:
     @property
     def temporary(self) -> Path:
         """The directory that all ranks write into."""
-        return self.root / f".{self.path.name}{TEMPORARY_SUFFIX}"
+        return self._hidden(self.owner)
 
     @property
     def aside(self) -> Path:
-        """Where a damaged checkpoint of this step waits until its successor is in place."""
-        return self.root / f".{self.path.name}.damaged{TEMPORARY_SUFFIX}"
+        """Where a checkpoint that is replaced waits until its successor is in place."""
+        return self._hidden("replaced")
 
     @property
     def doing(self) -> str:
         """The save in words, for errors."""
         return f"saving {self.path.name}"
 
+    def _hidden(self, name: str) -> Path:
+        return self.root / f".{self.path.name}{name and '.'}{name}{TEMPORARY_SUFFIX}"
 
-def prepare(place: Place, state: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
+
+def prepare(
+    place: Place, state: Mapping[str, Any], files: Mapping[str, bytes], *, replace: bool = False
+) -> dict[str, bytes]:
     """Make the temporary directory; the plain files that the checkpoint will hold.
 
+    Args:
+        place: where.
+        state: further state.
+        files: further files.
+        replace: a good checkpoint of this step is another start's, and gives way.
+
     Raises:
-        TitansError: a good checkpoint of this step is there, or one that cannot be read now.
+        TitansError: a good checkpoint of this step is there that does not give way, or one that
+            cannot be read now.
         ValueError: a file's name is not allowed.
         TypeError: a state that JSON would change.
     """
@@ -59,7 +78,7 @@ def prepare(place: Place, state: Mapping[str, Any], files: Mapping[str, bytes]) 
         if name in layout.RESERVED or Path(name).name != name or name.startswith((".", "rank-")):
             raise ValueError(f"{name!r} cannot be the name of a checkpoint's file")
     plain = {**files, layout.STATE: layout.state_bytes(state)}
-    if place.path.exists() and not layout.verify(place.path):
+    if not replace and place.path.exists() and not layout.verify(place.path):
         raise TitansError("a good checkpoint of this step is there already", where=str(place.path))
     place.root.mkdir(parents=True, exist_ok=True)
     place.temporary.mkdir()
@@ -74,6 +93,7 @@ def publish(
     *,
     keep: int,
     keep_every: int,
+    fence: Callable[[], None] = lambda: None,
 ) -> None:
     """Complete the temporary directory, give it its name, move ``latest``, delete what is old.
 
@@ -84,9 +104,10 @@ def publish(
         plain: the other files.
         keep: how many of the newest checkpoints stay.
         keep_every: multiples of it stay for good; 0 none.
+        fence: raises where this start may write no more; asked before each visible change.
 
     Raises:
-        TitansError: a rank's file is not there.
+        TitansError: a rank's file is not there, or ``fence`` raised it.
         OSError: the file system refuses.
     """
     check_files(place.temporary, index["files"], written)
@@ -106,10 +127,13 @@ def publish(
     }
     manifest.write(place.temporary, records, facts)
     sync_directory(place.temporary)
+    fence()
     _name(place)
+    fence()
     with atomic_file(place.root / layout.LATEST, "w") as handle:
         handle.write(f"{place.path.name}\n")
     shutil.rmtree(place.aside, ignore_errors=True)
+    fence()
     retention.prune(place.root, place.step, keep, keep_every)
 
 
@@ -148,7 +172,8 @@ def check_files(
 def _name(place: Place) -> None:
     """Give the temporary directory the checkpoint's name; from here on it counts."""
     if place.path.exists():
+        shutil.rmtree(place.aside, ignore_errors=True)
         os.rename(place.path, place.aside)
-        log.warning("%s was damaged and is replaced", place.path)
+        log.warning("%s was damaged, or another start's, and is replaced", place.path)
     os.rename(place.temporary, place.path)
     sync_directory(place.root)

@@ -1,5 +1,6 @@
 """What is deleted, and when: old checkpoints and the remains of dead saves. No torch here."""
 
+import errno
 import itertools
 import logging
 import os
@@ -10,21 +11,23 @@ from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.files import TEMPORARY_SUFFIX
 
+DYING = f".removed{TEMPORARY_SUFFIX}"
 log = logging.getLogger(__name__)
 
 
 def remove_leftovers(root: Path) -> list[str]:
     """Remove what interrupted saves and prunings left in ``root``; log and return their names.
 
-    Only one process may do so, and none may be saving there.
+    Only who holds the run may do so, while it saves nothing. Another start's process that still
+    writes there finds its directory gone, and can give it no name any more.
     """
     patterns = (f".step-*{TEMPORARY_SUFFIX}", f".{layout.LATEST}.*{TEMPORARY_SUFFIX}")
     leftovers = sorted(path for pattern in patterns for path in root.glob(pattern))
     for path in leftovers:
         if path.is_dir():
-            shutil.rmtree(path)
+            _remove(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
         log.warning("removed the remains of an interrupted save: %s", path)
     return [path.name for path in leftovers]
 
@@ -56,6 +59,21 @@ def prune(root: Path, step: int, keep: int, keep_every: int = 0) -> list[int]:
         and _problems(path) is not None
         and _delete(path)
     ]
+
+
+def _remove(path: Path) -> None:
+    """Remove a temporary directory; what a writer's open files keep alive stays for later."""
+    dying = path
+    if not path.name.endswith(DYING):
+        dying = path.with_name(f"{path.name.removesuffix(TEMPORARY_SUFFIX)}{DYING}")
+        shutil.rmtree(dying, ignore_errors=True)
+        os.rename(path, dying)
+    try:
+        shutil.rmtree(dying)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EBUSY):
+            raise
+        log.warning("a process still writes to %s, which stays: %s", dying, error)
 
 
 def _problems(path: Path) -> list[str] | None:

@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from threading import Event
@@ -32,6 +33,21 @@ class _Cancelled(Exception):
     """This rank's file is no longer wanted."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A save that became whole.
+
+    Attributes:
+        step: whose state.
+        seconds: what it takes alone: copying, the slowest rank's writing, publishing.
+        bytes: of all ranks' files.
+    """
+
+    step: int
+    seconds: float
+    bytes: int
+
+
 class _Phase(Enum):
     IDLE = "idle"
     WRITING = "writing"
@@ -44,7 +60,7 @@ class AsyncSaver:
     A save has three steps, and all ranks are always at the same one:
 
     1. ``begin`` agrees on who writes what, copies this rank's part to host memory and returns.
-       A thread of each rank writes and syncs its file into ``root/.step-N.tmp``.
+       A thread of each rank writes and syncs its file into ``root/.step-N.OWNER.tmp``.
     2. Once all have written, ``advance`` gathers their sizes and checksums. A thread of rank 0
        writes index and manifest, gives the directory its name, moves ``latest``, prunes.
     3. Once that is done, ``advance`` returns the checkpoint's path.
@@ -72,15 +88,33 @@ class AsyncSaver:
             remains of interrupted saves are removed from it, and named, at once.
         keep: how many of the newest checkpoints stay, at least 1.
         keep_every: checkpoints whose step is a multiple of it stay for good; 0 none.
+        owner: the start's name. With it a checkpoint that this saver did not make gives way to its
+            own of the same step: a writer of an earlier start may have been late.
+        fence: raises where another start has taken the run over; asked on rank 0.
+
+    Attributes:
+        last: the newest save that became whole; None before the first.
 
     Raises:
         TitansError: on all ranks alike, if the remains cannot be removed.
     """
 
-    def __init__(self, root: Path, *, keep: int, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        owner: str = "",
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
         if keep < 1 or keep_every < 0:
             raise ValueError(f"keep {keep} must be at least 1, keep_every {keep_every} at least 0")
         self._root, self._keep, self._keep_every = root, keep, keep_every
+        self._owner, self._fence = owner, fence
+        self.last: Saved | None = None
+        self._began = self._seconds = 0.0
+        self._bytes = 0
         self._phase = _Phase.IDLE
         self._task: Task[Any] | None = None
         self._cancelled = Event()
@@ -89,7 +123,7 @@ class AsyncSaver:
         self._place: Place
         self._plan: snapshot.WritePlan
         self._plain: dict[str, bytes]
-        agreement.on_first(f"opening {root}", lambda: retention.remove_leftovers(root), fix=_FIX)
+        agreement.on_first(f"opening {root}", self._clear, fix=_FIX)
 
     def begin(
         self,
@@ -116,7 +150,8 @@ class AsyncSaver:
                 cannot be read now, and if the save before failed.
         """
         self._finish_earlier(step)
-        self._place = place = Place(self._root, step)
+        self._began = time.perf_counter()
+        self._place = place = Place(self._root, step, self._owner)
         known = agreement.on_all(place.doing, lambda: self._prepare(shards, state, files), fix=_FIX)
         with self._nothing_left_on_failure():
             if not all(known):
@@ -124,7 +159,15 @@ class AsyncSaver:
                 self._layout = snapshot.layout(shards)
             agreement.on_all(place.doing, lambda: self._buffer.fill(self._plan, shards), fix=_FIX)
         self._cancelled = Event()
+        self._seconds = time.perf_counter() - self._began
         self._start(_Phase.WRITING, self._write)
+
+    @property
+    def under_way(self) -> tuple[int, float] | None:
+        """Step of the save that is not whole yet, and seconds since it was begun."""
+        if self._phase is _Phase.IDLE:
+            return None
+        return self._place.step, time.perf_counter() - self._began
 
     def poll(self) -> int:
         """How far this rank's thread is, as an integer to exchange; does not wait."""
@@ -168,7 +211,10 @@ class AsyncSaver:
     ) -> bool:
         """Rank 0 makes room; whether this rank's plan of the save before still holds."""
         if devices.rank() == 0:
-            self._plain = prepare(self._place, state, files)
+            self._fence()
+            foreign = self.last is None or self._place.step != self.last.step
+            replace = bool(self._owner) and foreign
+            self._plain = prepare(self._place, state, files, replace=replace)
         return snapshot.layout(shards) == self._layout
 
     def _write(self) -> FileRecord | None:
@@ -198,20 +244,31 @@ class AsyncSaver:
             self._plain,
             keep=self._keep,
             keep_every=self._keep_every,
+            fence=self._fence,
         )
+
+    def _clear(self) -> None:
+        """Remove what saves of earlier starts left."""
+        self._fence()
+        retention.remove_leftovers(self._root)
 
     def _advance(self) -> Path | None:
         """Join the threads, then begin the next step of the save or end it."""
         with self._nothing_left_on_failure():
-            outcomes = agreement.on_all(
-                self._place.doing, lambda: self._task.result() if self._task else None, fix=_FIX
-            )
+            outcomes = agreement.on_all(self._place.doing, self._joined, fix=_FIX)
+        self._seconds += max(seconds for _, seconds in outcomes)
         if self._phase is _Phase.WRITING:
-            written = [record for record in outcomes if record is not None]
+            written = [record for record, _ in outcomes if record is not None]
+            self._bytes = sum(record.bytes for record in written)
             self._start(_Phase.PUBLISHING, lambda: self._publish(written), only_first=True)
             return None
         self._phase, self._task = _Phase.IDLE, None
+        self.last = Saved(self._place.step, self._seconds, self._bytes)
         return self._place.path
+
+    def _joined(self) -> tuple[Any, float]:
+        """What this rank's thread returned, and its seconds."""
+        return (self._task.result(), self._task.seconds) if self._task else (None, 0.0)
 
     def _start(
         self, phase: _Phase, action: Callable[[], object], *, only_first: bool = False

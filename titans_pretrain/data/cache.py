@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 import struct
 import time
 import zlib
@@ -61,7 +62,7 @@ class Cache:
         except OSError as error:
             raise UserError(
                 f"cannot write the cache {str(root)!r}: {error.strerror}",
-                where="data.cache",
+                where=f"data.cache on {socket.gethostname()}",
                 fix="give a folder on the node's own disk that you may write",
             ) from None
 

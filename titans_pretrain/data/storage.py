@@ -275,7 +275,9 @@ class RemoteStorage:
     def _entries(self) -> dict[str, _Entry]:
         """What one listing tells; all processes take it, so that they share what is cached."""
         with self._reaching(""):
-            found = retry(lambda: self._filesystem.ls(self._path), f"listing {self._url}")
+            found = retry(
+                lambda: self._filesystem.ls(self._path, detail=True), f"listing {self._url}"
+            )
         files = [item for item in found if item["type"] == "file" and item["size"] is not None]
         return {item["name"].rpartition("/")[2]: _entry(item) for item in files}
 

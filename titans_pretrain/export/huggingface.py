@@ -11,7 +11,7 @@ from titans_pretrain.checkpoint import manifest
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.export import model_card, tokenizer, verification, weights
-from titans_pretrain.files import atomic_directory
+from titans_pretrain.files import atomic_directory, sha256_file
 
 FORMAT = "titans-export/1"
 CONFIGURATION = "config.yaml"
@@ -24,9 +24,11 @@ def export(
 ) -> Path:
     """Write ``out``, whole or not at all, and prove it in a clean process before it gets its name.
 
+    Where the same export is there already, it stays as it is: a job may be done twice.
+
     Args:
         checkpoint: a ``step-N`` directory, or a run's directory for its newest good one.
-        out: the directory to make; must not exist.
+        out: the directory to make; must not exist, or be what this call would make.
         dtype: ``float32`` or ``bfloat16``, of the written weights.
         max_shard_size: bytes of tensors in a weights file, such as ``5GB``.
 
@@ -34,19 +36,25 @@ def export(
         The checkpoint that was exported.
 
     Raises:
-        UserError: ``out`` exists, no checkpoint, or a bad argument.
+        UserError: ``out`` is another directory, no checkpoint, or a bad argument.
         TitansError: the checkpoint is damaged, or the exported model is not the trained one.
     """
     if dtype not in DTYPES:
         raise UserError(f"{dtype!r} is unknown", where="--dtype", fix="use float32 or bfloat16")
     limit = weights.shard_bytes(max_shard_size)
-    if out.exists():
-        raise UserError(f"{out} exists", where=str(out), fix="give a directory that does not")
+    taken = UserError(f"{out} exists", where=str(out), fix="give a directory that does not")
+    if out.exists() and not (out / manifest.NAME).is_file():
+        raise taken
     source = layout.resolve(checkpoint)
+    made = _made(source, dtype, limit)
+    if out.exists():
+        if _is_there(out, made):
+            return source
+        raise taken
     run = run_config.load(_file(source, CONFIGURATION))
     pieces = _file(source, TOKENIZER).read_bytes()
     try:
-        _export(source, out.absolute(), run, pieces, DTYPES[dtype], limit)
+        _export(source, out.absolute(), run, pieces, DTYPES[dtype], limit, made)
     except OSError as error:
         raise TitansError(
             f"cannot write {error.filename or out}: {error.strerror or error}",
@@ -56,8 +64,36 @@ def export(
     return source
 
 
+def _made(source: Path, dtype: str, limit: int) -> dict[str, Any]:
+    """What tells one export from another."""
+    checkpoint = sha256_file(_file(source, manifest.NAME))
+    return {"checkpoint": checkpoint, "dtype": dtype, "shard_bytes": limit}
+
+
+def _is_there(out: Path, made: dict[str, Any]) -> bool:
+    """Whether a directory is that export, all its files of the right size.
+
+    Raises:
+        TitansError: it cannot be read, or is damaged.
+    """
+    same: bool = manifest.read(out).get("made") == made
+    if same and (problems := manifest.problems(out, contents=False)):
+        raise TitansError(
+            f"the export that is there is damaged: {problems[0]}",
+            where=str(out),
+            fix="remove it and export again",
+        )
+    return same
+
+
 def _export(
-    source: Path, out: Path, run: RunConfig, pieces: bytes, dtype: torch.dtype, limit: int
+    source: Path,
+    out: Path,
+    run: RunConfig,
+    pieces: bytes,
+    dtype: torch.dtype,
+    limit: int,
+    made: dict[str, Any],
 ) -> None:
     with atomic_directory(out) as directory:
         config = _configuration(run, pieces, dtype)
@@ -71,10 +107,17 @@ def _export(
         known = {record.name for record in files}
         others = [path.name for path in directory.iterdir() if path.name not in known]
         files += [manifest.record_file(directory, name) for name in others]
+        state = layout.read_state(source)
         facts = {
             "format": FORMAT,
-            "step": layout.read_state(source).get("step"),
+            "made": made,
+            "step": state.get("step"),
             "dtype": _name(dtype),
+            "training": {
+                "fingerprint": state.get("fingerprint"),
+                "sequence_length": run.data.sequence_length,
+                "validation_fraction": run.data.validation_fraction,
+            },
         }
         manifest.write(directory, files, facts)
 

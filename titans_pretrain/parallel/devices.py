@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.parallel import rendezvous
 
 Result = TypeVar("Result")
 TIMEOUT = timedelta(minutes=30)
@@ -57,11 +58,21 @@ def _task_has_own_gpu() -> bool:
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(
+    device: torch.device, hosts: Callable[[], Sequence[str]] = tuple
+) -> Iterator[None]:
     """The default process group while the block runs.
 
     NCCL for GPU tensors, gloo for host tensors; needs the variables in ``RANK_VARIABLES``. It is
     left as it is when the block fails, as taking it down may wait for the other ranks.
+
+    Args:
+        device: of this rank.
+        hosts: of the ranks in their order, as far as known, for the error.
+
+    Raises:
+        TitansError: variables are missing.
+        MissingRanks: ranks are.
     """
     missing = [name for name in RANK_VARIABLES if name not in os.environ]
     if missing:
@@ -75,7 +86,13 @@ def process_group(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes its GPU from it
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    dist.init_process_group(
+        backend,
+        store=rendezvous.meet(hosts),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=TIMEOUT,
+    )
     yield
     dist.destroy_process_group()
 

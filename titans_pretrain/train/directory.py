@@ -1,6 +1,5 @@
 """A run's directory: what lies where, who may use it, what a resumed run may change. No torch."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -8,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
@@ -62,6 +61,56 @@ class RunDirectory:
         return self.path / "error.json"
 
     @property
+    def outcome(self) -> Path:
+        """How the latest start ended, if it ended in good order."""
+        return self.path / "outcome.json"
+
+    @property
+    def last_save(self) -> Path:
+        """Step, seconds and bytes of the newest save."""
+        return self.path / "last_save.json"
+
+    @property
+    def heartbeat(self) -> Path:
+        """``rank-R.json``: where each rank stands, every ten seconds."""
+        return self.path / "heartbeat"
+
+    @property
+    def stop(self) -> Path:
+        """A file whose presence asks the run to stop."""
+        return self.path / "stop"
+
+    @property
+    def save(self) -> Path:
+        """A file whose presence asks the run to save a checkpoint."""
+        return self.path / "save"
+
+    @property
+    def lock(self) -> Path:
+        """Who trains here."""
+        return self.path / ".lock"
+
+    @property
+    def jobs(self) -> Path:
+        """The frozen configuration, the batch scripts and the list of jobs sent to SLURM."""
+        return self.path / "jobs"
+
+    @property
+    def attempts(self) -> Path:
+        """``attempt-N.json``: one record of each job that tried to go on with the run."""
+        return self.path / "attempts"
+
+    @property
+    def preflight(self) -> Path:
+        """What the latest check of the nodes found."""
+        return self.path / "preflight.json"
+
+    @property
+    def logs(self) -> Path:
+        """What the ranks and the jobs printed."""
+        return self.path / "logs"
+
+    @property
     def ranks(self) -> Path:
         """Rank to host, process and the name of the latest start, which is random."""
         return self.path / "ranks.json"
@@ -73,11 +122,11 @@ class RunDirectory:
 
     def log(self, rank: int) -> Path:
         """What a rank printed."""
-        return self.path / "logs" / f"rank-{rank}.log"
+        return self.logs / f"rank-{rank}.log"
 
     def trace(self, rank: int) -> Path:
         """The profile of ``run.trace_step``, in Chrome's format."""
-        return self.path / "logs" / f"trace-rank-{rank}.json"
+        return self.logs / f"trace-rank-{rank}.json"
 
     def check(self, config: RunConfig, *, resume: bool) -> list[str]:
         """Whether the run may start here; changes nothing.
@@ -107,7 +156,7 @@ class RunDirectory:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.log(0).parent.mkdir(exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot make the run's directory: {error.strerror}",
@@ -115,41 +164,35 @@ class RunDirectory:
                 fix="choose a directory you can write to",
             ) from None
 
-    def forget_failure(self) -> None:
-        """Remove the failure of the last start, so that this one's can be kept.
+    def forget_last(self) -> None:
+        """Remove how the last start ended and where its ranks stood; for who holds the run.
 
         What a start that failed before its first step saved would be in the way of this one's.
         """
-        self.error.unlink(missing_ok=True)
-        shutil.rmtree(self.hang, ignore_errors=True)
+        for path in (self.error, self.outcome, *self.path.glob(".error-*.json")):
+            path.unlink(missing_ok=True)
+        for directory in (self.hang, self.heartbeat):
+            shutil.rmtree(directory, ignore_errors=True)
         if not self._holds_steps():
             shutil.rmtree(self.checkpoints / "step-0", ignore_errors=True)
+
+    def keep_failure(self, record: Mapping[str, Any]) -> bool:
+        """Write ``error.json`` unless a rank of the same start did; whether it was written.
+
+        Another start's record is replaced. Safe among ranks: the first to claim it writes it.
+        """
+        if not write_first(self.path / f".error-{record['start']}.json", record):
+            return False
+        with atomic_file(self.error, "w") as handle:
+            json.dump(record, handle, indent=2)
+            handle.write("\n")
+        return True
 
     def begin(self, config: RunConfig, fingerprint: str) -> None:
         """Write the configuration of this start and its data's name; once it is sure to train."""
         write_json(self.data, {"fingerprint": fingerprint})
         with atomic_file(self.config, "w") as handle:
             handle.write(run_config.dump(config))
-
-    def lock(self) -> IO[str]:
-        """Hold the run for this process, until the handle is closed or the process ends.
-
-        Raises:
-            UserError: another process holds it.
-        """
-        handle = open(self.path / ".lock", "a")  # noqa: SIM115 - the caller holds it
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.close()
-            raise UserError(
-                "another process is training this run",
-                where=str(self.path),
-                fix="wait until it has ended; ranks.json tells its host and process",
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        return handle
 
     def _holds_steps(self) -> bool:
         """Whether a step was done here, or undone; a start that failed before has none to lose."""
@@ -200,7 +243,13 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, where: str) 
 
 
 def failure_record(
-    error: TitansError, rank: int, host: str, calls: Sequence[str], *, start: str
+    error: TitansError,
+    rank: int,
+    host: str,
+    calls: Sequence[str],
+    *,
+    start: str,
+    attempt: int = 0,
 ) -> dict[str, Any]:
     """What ``error.json`` holds.
 
@@ -210,9 +259,11 @@ def failure_record(
         host: of that rank.
         calls: lines of its traceback.
         start: which start of the run it ended, see ``RunDirectory.ranks``.
+        attempt: of that start, see ``lease.attempt_number``.
     """
     return {
         "start": start,
+        "attempt": attempt,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "rank": rank,
         "host": host,

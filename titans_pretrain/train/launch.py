@@ -19,24 +19,33 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from launchers import slurm_utils
 from titans_pretrain import errors
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import StoppedEarly, TitansError, UserError
 from titans_pretrain.parallel import mesh
 from titans_pretrain.train.directory import RunDirectory
-from titans_pretrain.train.signals import on_asking
+from titans_pretrain.train.signals import ASKING, StopRequest, on_asking
 
 LAUNCHER = "TITANS_LAUNCHER"
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 5.0
 STOP_GRACE_SECONDS = 10.0
+FIRST_SPECIAL_STEP = 0xFFFFFFF0  # the batch script's and the interactive one's are above
 CAUSES: dict[int, str] = {
     signal.SIGBUS: "a file of the data was cut while it was read, or its disk failed: run "
     "`titans data verify` on the prepared directory",
 }
 
 
-def train(config: RunConfig, *, ranks: int | None, resume: bool, arguments: Sequence[str]) -> int:
+def train(
+    config: RunConfig,
+    *,
+    ranks: int | None,
+    resume: bool,
+    arguments: Sequence[str],
+    stop: StopRequest,
+) -> int:
     """Train with the ranks that are there, or start them; the exit code.
 
     Args:
@@ -44,9 +53,11 @@ def train(config: RunConfig, *, ranks: int | None, resume: bool, arguments: Sequ
         ranks: local ranks to start; None takes one a GPU, or one.
         resume: continue the run in its directory.
         arguments: of ``titans``, for the ranks that are started.
+        stop: whether this process was asked to stop.
 
     Raises:
         UserError: ranks and configuration do not fit, or the run may not start.
+        StoppedEarly: a signal came before the ranks were started.
     """
     given = given_ranks(os.environ)
     if given:
@@ -60,11 +71,35 @@ def train(config: RunConfig, *, ranks: int | None, resume: bool, arguments: Sequ
         end_with_launcher()
         from titans_pretrain.train.worker import work
 
-        return work(config, resume=resume)
+        return work(config, resume=resume, stop=stop)
+    refuse_several_nodes(os.environ)
     count = ranks if ranks is not None else default_ranks()
     mesh.plan(count, config.mesh, config.train)
     RunDirectory(Path(config.run.directory)).check(config, resume=resume)
-    return start(arguments, count)
+    if stop.name:
+        raise _unstarted(stop.name)
+    return start(arguments, count, stop)
+
+
+def refuse_several_nodes(environment: Mapping[str, str]) -> None:
+    """Start local ranks only where no other node of a SLURM allocation would stand idle.
+
+    Raises:
+        UserError: the allocation, or the step of one task, has several nodes.
+    """
+    in_step = (
+        "SLURM_PROCID" in environment
+        and int(environment.get("SLURM_STEP_ID", FIRST_SPECIAL_STEP)) < FIRST_SPECIAL_STEP
+    )
+    name = "SLURM_STEP_NUM_NODES" if in_step else "SLURM_JOB_NUM_NODES"
+    nodes = environment.get(name, environment.get("SLURM_NNODES", "1"))
+    if "SLURM_JOB_ID" in environment and nodes != "1":
+        raise UserError(
+            f"the SLURM allocation has {nodes} nodes, but without srun only this one would train",
+            where=f"job {environment['SLURM_JOB_ID']}, {name}",
+            fix="submit the run with `titans submit`, or start one task a rank: "
+            "srun --kill-on-bad-exit=1 --ntasks-per-node=RANKS titans train CONFIG",
+        )
 
 
 def given_ranks(environment: Mapping[str, str]) -> dict[str, str]:
@@ -79,47 +114,29 @@ def given_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     tasks = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
     if tasks == "1":
         return {}
+    counts = slurm_utils.tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     node = int(environment["SLURM_NODEID"])
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
         "WORLD_SIZE": tasks,
-        "LOCAL_WORLD_SIZE": str(tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node]),
+        "LOCAL_WORLD_SIZE": str(counts[node]),
         "MASTER_ADDR": environment.get("MASTER_ADDR")
-        or first_host(environment["SLURM_STEP_NODELIST"]),
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(10000 + (job * 16 + step) % 20000),
+        or slurm_utils.hostnames(environment["SLURM_STEP_NODELIST"])[0],
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(slurm_utils.master_port(job, step)),
     }
 
 
-def tasks_per_node(text: str) -> list[int]:
-    """SLURM's ``2(x3),1`` as [2, 2, 2, 1]."""
-    counts: list[int] = []
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        counts += [int(count)] * int(times or 1)
-    return counts
-
-
-def first_host(nodes: str) -> str:
-    """The first host of a SLURM node list such as ``gpu[003-006,9],login1``."""
-    try:
-        done = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes],  # noqa: S607 - SLURM's, wherever it lies
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-        return done.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        match = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
-        if match is None:
-            raise TitansError(
-                f"no host in SLURM_STEP_NODELIST {nodes!r}",
-                where="environment of the rank",
-                fix="set MASTER_ADDR to the host of rank 0",
-            ) from None
-        return re.sub(r"\[(\w+)[^\]]*\]", r"\1", match[0])
+def hosts_of_ranks(environment: Mapping[str, str]) -> list[str]:
+    """The host of each rank of a SLURM step, in their order; empty outside of one."""
+    nodes, tasks = (
+        environment.get(name) for name in ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
+    )
+    if not nodes or not tasks or environment.get("SLURM_PROCID") != environment.get("RANK"):
+        return []
+    counts = zip(slurm_utils.hostnames(nodes), slurm_utils.tasks_per_node(tasks), strict=False)
+    return [host for host, count in counts for _ in range(count)]
 
 
 def default_ranks() -> int:
@@ -140,8 +157,11 @@ def end_with_launcher() -> None:
         os._exit(errors.FAILED)
 
 
-def start(arguments: Sequence[str], ranks: int) -> int:
-    """Run ``titans ARGUMENTS`` as that many ranks of this machine; the exit code."""
+def start(arguments: Sequence[str], ranks: int, stop: StopRequest) -> int:
+    """Run ``titans ARGUMENTS`` as that many ranks of this machine; the exit code.
+
+    A signal that came meanwhile is passed on to them.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -169,7 +189,10 @@ def start(arguments: Sequence[str], ranks: int) -> int:
             start_new_session=True,  # Ctrl-C reaches the ranks through the launcher only
         )
         local.append(LocalRank(rank, process, complaints))
-    return _Watch(local).wait()
+    watch = _Watch(local)
+    if stop.name:
+        watch.pass_on(signal.Signals[stop.name], None)
+    return watch.wait()
 
 
 def _complaints() -> IO[str]:
@@ -211,7 +234,7 @@ class _Watch:
     def __init__(self, local: Sequence[LocalRank]) -> None:
         self._local = local
         self._asked = self._interrupts = 0
-        on_asking(self._pass_on)
+        on_asking(self.pass_on)
 
     def wait(self) -> int:
         """The exit code of the first rank that failed, or 0."""
@@ -241,9 +264,8 @@ class _Watch:
     def _outcome(self, first: LocalRank) -> tuple[str, int]:
         """The error of the first rank that failed, or of one that failed with it; the exit code."""
         code = first.process.returncode
-        if code == -signal.SIGTERM and self._asked:
-            stopped = StoppedEarly("stopped by a signal before the first step", fix="use --resume")
-            return str(stopped), errors.STOPPED
+        if -code in ASKING and self._asked:
+            return str(_unstarted(signal.Signals(-code).name)), errors.STOPPED
         if code == -signal.SIGKILL and self._interrupts > 1:
             ended = TitansError(
                 "ended at once by a second Ctrl-C; steps after the last checkpoint are lost",
@@ -262,10 +284,17 @@ class _Watch:
         known = code in (errors.USER_ERROR, errors.STOPPED)
         return told_error([rank.told() for rank in failed]), code if known else errors.FAILED
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def pass_on(self, number: int, frame: FrameType | None) -> None:
         """Ask the ranks to stop after their step; the second Ctrl-C ends them at once."""
         self._asked += 1
         self._interrupts += number == signal.SIGINT
+        passed = signal.SIGTERM if number == signal.SIGINT else number  # Python's own is louder
+        if self._interrupts > 1:
+            passed = signal.SIGKILL
         for rank in self._local:
             if rank.process.poll() is None:
-                rank.process.send_signal(signal.SIGKILL if self._interrupts > 1 else signal.SIGTERM)
+                rank.process.send_signal(passed)
+
+
+def _unstarted(name: str) -> StoppedEarly:
+    return StoppedEarly(f"stopped by {name} before the first step", fix="continue with --resume")

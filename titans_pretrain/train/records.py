@@ -6,6 +6,7 @@ from typing import Any
 from titans_pretrain.config import RunConfig
 from titans_pretrain.parallel import devices
 from titans_pretrain.train.directory import RunDirectory
+from titans_pretrain.train.lease import Lease
 from titans_pretrain.train.metrics import MetricsLog, Progress, WandbLog
 
 
@@ -17,6 +18,10 @@ class Records:
         directory: the run's.
         step: the step the run goes on from; None where it begins.
         tell: prints a sentence.
+        lease: this start's right to write.
+
+    Raises:
+        Fenced: on rank 0, the run is another start's; ``rollback`` raises it likewise.
     """
 
     def __init__(
@@ -25,11 +30,15 @@ class Records:
         directory: RunDirectory,
         step: int | None,
         tell: Callable[[str], None],
+        lease: Lease,
     ) -> None:
+        self._lease = lease
         self._tell = tell
         self._active = devices.rank() == 0
         if self._active:
+            lease.check()
             self._metrics = MetricsLog(directory.metrics, step=step)
+            lease.check()  # from here on another start puts a new file in the place of this one
             self._wandb = WandbLog(config, directory.path, tell)
             self._progress = Progress(config.train.steps, tell)
 
@@ -60,7 +69,9 @@ class Records:
     def rollback(self, event: dict[str, Any]) -> None:
         """Going back to the state after ``event["step"]``: later rows are undone."""
         if self._active:
+            self._lease.check()
             self._metrics.undo(event["step"], event)
+            self._lease.check()
             self._tell(
                 f"step {event['from_step']}  {event['reason']}; {event['where']}; going on from "
                 f"step {event['step']} with the data after position {event['position']}"

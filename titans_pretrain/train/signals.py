@@ -1,13 +1,16 @@
-"""How a rank ends: after the step under way at a signal, or at once."""
+"""How a rank ends: after the step under way at a signal, or at once. No torch here."""
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def on_asking(handler: Callable[[int, FrameType | None], None]) -> None:
@@ -27,15 +30,30 @@ def leave(code: int) -> NoReturn:
 
 
 class StopRequest:
-    """Remembers the first signal that asked this rank to stop.
+    """Remembers the first signal that asked this process to stop; made before torch is imported.
 
     Attributes:
         name: the signal's name, or None.
+        time: when it came, in seconds since 1970; it may come in the middle of a long call, which
+            Python's own handlers wait for.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        on_asking(self._remember)
+        self.time = 0.0
+        arrivals, wake = os.pipe()
+        os.set_blocking(wake, False)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(arrivals,), name="signals", daemon=True).start()
+        on_asking(lambda number, frame: self._remember(number))
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.name = self.name or signal.Signals(number).name
+    def _listen(self, arrivals: int) -> None:
+        with contextlib.suppress(OSError):
+            while numbers := os.read(arrivals, 64):
+                for number in numbers:
+                    if number in ASKING:
+                        self._remember(number)
+
+    def _remember(self, number: int) -> None:
+        if self.name is None:
+            self.time, self.name = time.time(), signal.Signals(number).name

@@ -6,27 +6,30 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from titans_pretrain import config as run_config
 from titans_pretrain.checkpoint.background import Progress
 from titans_pretrain.checkpoint.load import load
-from titans_pretrain.checkpoint.save import AsyncSaver
 from titans_pretrain.config import RunConfig
 from titans_pretrain.data.loader import Batch
 from titans_pretrain.data.prefetch import ReadAhead
-from titans_pretrain.errors import StoppedEarly, TitansError, UserError
+from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.parallel import devices
 from titans_pretrain.parallel.parallelize import Parallel
-from titans_pretrain.train import build, guard, rollback, schedule
+from titans_pretrain.train import build, guard, outcome, rollback, schedule, stopping
 from titans_pretrain.train.build import Data
 from titans_pretrain.train.directory import RunDirectory
+from titans_pretrain.train.lease import Lease
 from titans_pretrain.train.metrics import last_rollback
+from titans_pretrain.train.outcome import Outcome
 from titans_pretrain.train.passes import Passes
 from titans_pretrain.train.records import Records
+from titans_pretrain.train.saving import Saves
 from titans_pretrain.train.signals import StopRequest
+from titans_pretrain.train.stopping import Stopping
 from titans_pretrain.train.trace import traced
 
 VERSIONED = ("titans-pretrain", "torch", "deepspeed", "transformers")
@@ -44,6 +47,7 @@ class Trainer:
         stop: whether this rank was asked to stop.
         tell: prints a sentence on rank 0's terminal, nothing elsewhere.
         begin: told that a piece of work begins, see ``Watch.begin``.
+        lease: this start's right to write; None where no other start can take the run over.
     """
 
     def __init__(
@@ -56,9 +60,12 @@ class Trainer:
         stop: StopRequest,
         tell: Callable[[str], None],
         begin: Callable[[str], None] = lambda work: None,
+        lease: Lease | None = None,
     ) -> None:
         self._config, self._parallel, self._device = config, parallel, device
-        self._data, self._directory, self._stop, self._tell = data, directory, stop, tell
+        self._data, self._directory, self._tell = data, directory, tell
+        self._lease = lease or Lease(directory.lock)
+        self._stopping = Stopping(stop, directory)
         self._tokenizer = data.corpus.tokenizer.read_bytes()  # its file may not outlive the run
         self._begin = begin
         self._mesh, self._whereabouts = parallel.mesh, parallel.whereabouts
@@ -73,12 +80,8 @@ class Trainer:
             workers=config.data.workers,
         )
         self._guard = guard.Guard(config.guard)
-        self._saver = AsyncSaver(
-            directory.checkpoints,
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-        )
-        self._restored = False
+        self._saver = Saves(config.checkpoint, directory, self._lease)
+        self._restored = self._save_asked = False
         self._step = self._position = self._updates = 0
 
     def restore(self, path: Path) -> None:
@@ -92,6 +95,7 @@ class Trainer:
         devices.together(lambda: build.check_data(self._data, state, self._config))
         self._restored = True
         self._step, self._position = state["step"], state["position"]
+        self._saver.loaded(self._step)
         self._updates = state.get("updates", self._step)
         self._guard.restore(state.get("guard", {}))
         self._engine.restore(self._updates)
@@ -105,12 +109,15 @@ class Trainer:
         """Train to the last step; metrics, validations and checkpoints on the way.
 
         Raises:
-            StoppedEarly: a signal asked for it; the state is saved.
+            StoppedEarly: a signal or a file asked for it; the state is saved if time allowed.
+            Fenced: another start has taken the run over.
             TitansError: the guard stopped the run, or a checkpoint could not be written.
         """
         train, records = self._config.train, self._open_records()
         if told := self._data.loader.repetitions(train.steps * train.global_batch_size):
             self._tell(told)
+        if self._stop_agreed():
+            self._end_early(records)
         while self._step < train.steps:
             accepted, stop = self._train_step(records)
             if not accepted:
@@ -119,28 +126,52 @@ class Trainer:
             if last or (not stop and _due(self._step, train.validation_every)):
                 loss, stop = self._validate(stoppable=not last)
                 records.validation(self._step, loss)
-            if last or stop or _due(self._step, self._config.checkpoint.every):
+            if stop and not last:
+                self._end_early(records)
+            due = _due(self._step, self._config.checkpoint.every) or self._save_asked
+            if last or due:
                 self._enter("saving")
                 records.sync()
-                self._save(wait=last or stop)
-            if stop and not last:
-                self._enter("stopping")
-                records.close()
-                devices.gather_objects(None)  # a rank that left first would have the others killed
-                raise StoppedEarly(
-                    f"stopped by a signal after step {self._step} of {train.steps}",
-                    where=str(self._directory.checkpoints / f"step-{self._step}"),
-                    fix="continue with --resume",
-                )
+                self._save(wait=last)
         self._enter("ending")
+        steps = f"all {train.steps} steps are done"
+        seconds = round(self._saver.last_seconds, 3)
+        self._conclude(Outcome("done", steps, "", self._step, self._saver.whole, "now", seconds))
         records.close()
+
+    def _end_early(self, records: Records) -> NoReturn:
+        """Save the state if that fits into the time that is left, and say how the run ended.
+
+        Raises:
+            StoppedEarly: always.
+        """
+        self._enter("saving")
+        records.sync()
+        stop = self._stopping.agree(self._step, self._saver)
+        if stop.decision.save:
+            self._save(wait=True)
+        elif stop.decision.wait:
+            self._saver.wait()
+        told = stop.outcome(self._step, self._config.train.steps, self._saver)
+        self._conclude(told)
+        self._enter("stopping")
+        records.close()
+        devices.gather_objects(None)  # a rank that left first would have the others killed
+        raise stopping.stopped(told, self._directory)
+
+    def _conclude(self, told: Outcome) -> None:
+        """Write down how this start ended; the files that asked for it have done their work."""
+        if devices.rank() == 0:
+            outcome.write(self._directory, self._lease, told)
+            self._stopping.triggers.consume_save()
+            self._stopping.triggers.consume_stop()
 
     def _open_records(self) -> Records:
         if not self._restored and self._config.guard.policy == "rollback":
             self._enter("saving")
             self._save(wait=True)  # there is always a state to go back to
         begun = self._step if self._restored else None
-        return Records(self._config, self._directory, begun, self._tell)
+        return Records(self._config, self._directory, begun, self._tell, self._lease)
 
     def _train_step(self, records: Records) -> tuple[bool, bool]:
         """One optimizer step: whether it stays, and whether a rank was asked to stop."""
@@ -213,18 +244,19 @@ class Trainer:
     def _agree(self, loss: float, norm: float) -> tuple[float, float, bool]:
         """The whole loss, the gradient norm and the wish to stop, the same on all ranks.
 
-        The same message tells how far the ranks' part of a save under way is.
+        The same message tells whether a save is asked for, and how far one under way is.
         """
         written = self._saver.poll()
         shares = [
             loss if self._counts else 0.0,
             norm if devices.rank() == 0 else 0.0,
-            float(self._stop.name is not None),
+            *self._stopping.flags,
             float(written == Progress.BUSY),
             float(written == Progress.FAILED),
         ]
         sums = devices.all_sum(torch.tensor(shares, dtype=torch.float64)).tolist()
-        total, norm, asking, busy, failed = sums
+        total, norm, asking, saving, busy, failed = sums
+        self._save_asked = saving > 0
         states = {Progress.FINISHED: 1, Progress.BUSY: busy, Progress.FAILED: failed}
         if failed:
             self._enter("saving")  # ranks that are still writing are waited for
@@ -233,7 +265,7 @@ class Trainer:
 
     def _stop_agreed(self) -> bool:
         """Whether any rank was asked to stop; the same answer on all ranks."""
-        asked = torch.tensor(float(self._stop.name is not None))
+        asked = torch.tensor(self._stopping.flags[0])
         return devices.all_sum(asked).item() > 0
 
     def _ask_all(self, verdict: guard.Verdict, losses: list[float]) -> str:
@@ -329,24 +361,30 @@ class Trainer:
         return whole / targets if targets else None
 
     def _save(self, *, wait: bool) -> None:
-        """Begin to save this step's state; wait for the disk if asked to, here or by the run."""
-        self._saver.begin(
-            self._step,
-            self._engine.shards(),
-            state={
-                "step": self._step,
-                "position": self._position,
-                "updates": self._updates,
-                "guard": self._guard.state(),
-                "fingerprint": self._data.corpus.fingerprint,
-                "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
-                "rng": build.random_state(),
-            },
-            files={
-                "config.yaml": run_config.dump(self._config).encode(),
-                "tokenizer.model": self._tokenizer,
-            },
-        )
+        """Begin to save this step's state; wait for the disk if asked to, here or by the run.
+
+        A state whose save was begun already, or that was loaded, is not saved again.
+        """
+        if self._save_asked and devices.rank() == 0:
+            self._stopping.triggers.consume_save()
+        if self._saver.begun != self._step:
+            self._saver.begin(
+                self._step,
+                self._engine.shards(),
+                state={
+                    "step": self._step,
+                    "position": self._position,
+                    "updates": self._updates,
+                    "guard": self._guard.state(),
+                    "fingerprint": self._data.corpus.fingerprint,
+                    "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+                    "rng": build.random_state(),
+                },
+                files={
+                    "config.yaml": run_config.dump(self._config).encode(),
+                    "tokenizer.model": self._tokenizer,
+                },
+            )
         if wait or not self._config.checkpoint.asynchronous:
             self._saver.wait()
 

@@ -22,7 +22,8 @@ from titans_pretrain.errors import FAILED, STOPPED
 from titans_pretrain.files import atomic_file
 from titans_pretrain.parallel.whereabouts import Whereabouts
 from titans_pretrain.train import hang
-from titans_pretrain.train.directory import RunDirectory, failure_record, write_first
+from titans_pretrain.train.directory import RunDirectory, failure_record
+from titans_pretrain.train.lease import Fenced, Lease
 from titans_pretrain.train.signals import leave
 
 POLL_SECONDS = 1.0
@@ -42,7 +43,8 @@ class Watch:
         rank: this rank.
         ranks: number of ranks.
         whereabouts: where the main thread stands.
-        start: names this start of the run; what others wrote for another one does not count.
+        lease: of this start; what was written for another one does not count, and where another
+            one has the run nothing is written.
         seconds: limit of repeated work; 0 takes ten times the slowest recent one, at least 35 s.
         complain: prints on the terminal.
     """
@@ -54,13 +56,13 @@ class Watch:
         ranks: int,
         whereabouts: Whereabouts,
         *,
-        start: str,
+        lease: Lease,
         seconds: float,
         complain: Callable[[str], None],
     ) -> None:
         self._directory, self._rank, self._ranks = directory, rank, ranks
         self._whereabouts, self._seconds, self._complain = whereabouts, seconds, complain
-        self._start = start
+        self._lease, self._start = lease, lease.start
         self._known: dict[int, dict[str, Any]] = {}
         self._broken: set[str] = set()
         self._work: tuple[str, float] = ("start", time.monotonic())
@@ -123,12 +125,16 @@ class Watch:
             late = threading.Timer(3 * GATHER_SECONDS, self._give_up, ("the file system hangs",))
             late.daemon = True
             late.start()
+            self._lease.check()
             self._record(waited, limit)
             records = self._gather()
             if min(records) == self._rank:
                 self._tell(records, waited)
             else:
                 self._wait_for(self._directory.error.exists)
+        except Fenced as fenced:
+            self._complain(str(fenced))
+            leave(FAILED)
         except Exception as error:
             self._give_up(f"{type(error).__name__}: {error}")
         finally:
@@ -195,10 +201,15 @@ class Watch:
             records, self._ranks, _started(self._directory.ranks), str(self._directory.hang)
         )
         record = failure_record(
-            report.error, report.culprit, report.host, report.stack, start=self._start
+            report.error,
+            report.culprit,
+            report.host,
+            report.stack,
+            start=self._start,
+            attempt=self._lease.attempt,
         )
         try:
-            first = write_first(self._directory.error, record | {"ranks": list(records.values())})
+            first = self._directory.keep_failure(record | {"ranks": list(records.values())})
         except OSError:
             first = True
         if first:

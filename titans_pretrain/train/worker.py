@@ -15,6 +15,7 @@ import torch
 
 from titans_pretrain import config as run_config
 from titans_pretrain import errors
+from titans_pretrain.checkpoint import retention
 from titans_pretrain.checkpoint.format import newest_good
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import StoppedEarly, TitansError, UserError
@@ -23,23 +24,28 @@ from titans_pretrain.parallel import devices, mesh
 from titans_pretrain.parallel.devices import OtherRankFailed
 from titans_pretrain.parallel.parallelize import Parallel
 from titans_pretrain.parallel.whereabouts import Whereabouts
+from titans_pretrain.train import outcome, stopping
 from titans_pretrain.train.build import open_data
-from titans_pretrain.train.directory import RunDirectory, failure_record, write_first
+from titans_pretrain.train.directory import RunDirectory, failure_record
+from titans_pretrain.train.heartbeat import Heartbeat
+from titans_pretrain.train.launch import hosts_of_ranks
+from titans_pretrain.train.lease import Fenced, Lease, attempt_number
+from titans_pretrain.train.outcome import Outcome
 from titans_pretrain.train.self_check import check_mesh
 from titans_pretrain.train.signals import StopRequest, leave
 from titans_pretrain.train.trainer import Trainer
 from titans_pretrain.train.watch import Watch
 
 
-def work(config: RunConfig, *, resume: bool) -> int:
+def work(config: RunConfig, *, resume: bool, stop: StopRequest) -> int:
     """Train as the rank that the environment names; the exit code.
 
     A rank that fails ends its process here: an orderly end would wait for the other ranks.
     """
-    worker = Worker(config)
+    worker = Worker(config, stop)
     try:
         device = devices.local_device()
-        with devices.process_group(device):
+        with devices.process_group(device, lambda: hosts_of_ranks(os.environ)):
             worker.run(device, resume=resume)
     except BaseException as error:
         code = errors.FAILED
@@ -55,23 +61,28 @@ class Worker:
 
     Args:
         config: the run.
+        stop: whether this rank was asked to stop.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, stop: StopRequest) -> None:
         self._config = config
         self._directory = RunDirectory(Path(config.run.directory))
         self._rank = int(os.environ.get("RANK", "0"))
         self._terminal: TextIO = sys.stdout
         self._complaints: TextIO = sys.stderr
         self._log: Path | None = None
-        self._stop = StopRequest()
+        self._stop = stop
         self._whereabouts = Whereabouts()
-        self._start = ""
+        self._lease = Lease(self._directory.lock)
         self._watch: Watch | None = None
 
     def run(self, device: torch.device, *, resume: bool) -> None:
         """Check, prepare, resume and train; needs a process group."""
         config = self._config
+        name = devices.from_first(lambda: uuid.uuid4().hex)
+        attempt = devices.together(lambda: attempt_number(os.environ))
+        devices.together(stopping.check_environment)
+        self._lease = Lease(self._directory.lock, name, attempt)
         grid = devices.together(lambda: mesh.plan(devices.ranks(), config.mesh, config.train))
         dumps = devices.gather_objects(run_config.dump(config))
         devices.together(lambda: _check_equal(dumps))
@@ -80,10 +91,12 @@ class Worker:
         self._redirect()
         self._tell_ranks()
         watch = self._start_watch()
+        heartbeat = self._start_heartbeat()
         for note in (grid.table(), *notes):
             self._tell(note)
         if checkpoint is not None and _step_of(checkpoint) >= config.train.steps:
             self._tell(f"finished already: {checkpoint.name} of {config.train.steps} steps")
+            self._conclude(_step_of(checkpoint))
             return
         parallel = Parallel(
             grid,
@@ -93,13 +106,22 @@ class Worker:
         )
         check_mesh(config, parallel, device)
         trainer = Trainer(
-            config, parallel, device, data, self._directory, self._stop, self._tell, watch.begin
+            config,
+            parallel,
+            device,
+            data,
+            self._directory,
+            self._stop,
+            self._tell,
+            watch.begin,
+            self._lease,
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
-        devices.from_first(lambda: self._directory.begin(config, data.corpus.fingerprint))
+        devices.from_first(lambda: self._begin(data.corpus.fingerprint))
         trainer.run()
         watch.end()
+        heartbeat.end()
         self._tell(f"done: {config.train.steps} steps in {self._directory.path}")
 
     def report(self, error: BaseException) -> int:
@@ -112,6 +134,11 @@ class Worker:
         """
         if self._watch is not None:
             self._watch.settle()
+        if self._log is not None:  # this start held the run
+            try:
+                self._lease.check()
+            except Fenced as fenced:
+                error = fenced
         told = self._explain(error)
         if self._is_first(told, error):
             _print(str(told), self._complaints)
@@ -125,8 +152,9 @@ class Worker:
         """Take the run's directory; what to tell, and the checkpoint to go on from."""
         notes = self._directory.check(self._config, resume=resume)
         self._directory.create()
-        self._lock = self._directory.lock()
-        self._directory.forget_failure()
+        self._lease.take()
+        self._directory.forget_last()
+        retention.remove_leftovers(self._directory.checkpoints)  # before one is chosen
         if not resume:
             return notes, None
         checkpoint, skipped = newest_good(self._directory.checkpoints)
@@ -160,13 +188,28 @@ class Worker:
                 print(sentence, flush=True)
 
     def _tell_ranks(self) -> None:
-        """Write down where the ranks are, and give this start a name."""
-        place = {"host": socket.gethostname(), "pid": os.getpid(), "start": uuid.uuid4().hex}
-        places = devices.gather_objects(place)
-        self._start = places[0]["start"]
+        """Write down where the ranks of this start are."""
+        start, attempt = self._lease.start, self._lease.attempt
+        place = {"host": socket.gethostname(), "pid": os.getpid()}
+        names = {"start": start, "attempt": attempt}
+        places = devices.gather_objects(place | names)
         if self._rank == 0:
-            told = {str(rank): one | {"start": self._start} for rank, one in enumerate(places)}
-            write_json(self._directory.ranks, told)
+            self._lease.check()
+            write_json(self._directory.ranks, {str(rank): one for rank, one in enumerate(places)})
+
+    def _begin(self, fingerprint: str) -> None:
+        """Write the configuration of this start."""
+        self._lease.check()
+        self._directory.begin(self._config, fingerprint)
+
+    def _conclude(self, step: int) -> None:
+        """Write down that the run had been finished."""
+        if self._rank == 0:
+            sentence = f"all {self._config.train.steps} steps were done before"
+            done = Outcome("done", sentence, "", step, step, "before", 0.0)
+            outcome.write(self._directory, self._lease, done)
+            for trigger in (self._directory.stop, self._directory.save):
+                trigger.unlink(missing_ok=True)
 
     def _start_watch(self) -> Watch:
         self._watch = watch = Watch(
@@ -174,12 +217,23 @@ class Worker:
             self._rank,
             devices.ranks(),
             self._whereabouts,
-            start=self._start,
+            lease=self._lease,
             seconds=self._config.run.hang_seconds,
             complain=lambda text: _print(text, self._complaints),
         )
         watch.start()
         return watch
+
+    def _start_heartbeat(self) -> Heartbeat:
+        made = Heartbeat(
+            self._directory,
+            self._rank,
+            self._whereabouts,
+            self._lease,
+            complain=lambda text: _print(text, self._complaints),
+        )
+        made.start()
+        return made
 
     def _explain(self, error: BaseException) -> TitansError:
         if isinstance(error, TitansError):
@@ -210,15 +264,16 @@ class Worker:
         """Whether no other rank tells it; a failure is kept, as far as the file system can."""
         if isinstance(error, OtherRankFailed):
             return False
-        if isinstance(error, StoppedEarly):
+        if isinstance(error, (StoppedEarly, Fenced)):
             return self._rank == 0
         if self._log is None:
             return True
         calls = traceback.format_exception(error)
         host = socket.gethostname()
-        record = failure_record(told, self._rank, host, calls, start=self._start)
+        start, attempt = self._lease.start, self._lease.attempt
+        record = failure_record(told, self._rank, host, calls, start=start, attempt=attempt)
         try:
-            return write_first(self._directory.error, record)
+            return self._directory.keep_failure(record)
         except OSError:
             return True  # the disk may be what failed
 

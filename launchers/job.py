@@ -1,0 +1,210 @@
+"""The jobs of a run: what training, each stage and a sweep ask of SLURM. No torch."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launchers.job_step import interpreter, stage_launcher
+from launchers.job_step import step_command as step_command
+from launchers.job_text import JobSpec as JobSpec
+from launchers.job_text import text as text
+from titans_pretrain.config import RunConfig
+from titans_pretrain.config_job import StageName, StageSection
+from titans_pretrain.errors import UserError
+
+LONGEST_NAME = 48
+
+
+def training_spec(
+    config: RunConfig,
+    *,
+    directory: Path,
+    config_path: Path,
+    dependency: str = "",
+    exclude: Sequence[str] = (),
+) -> JobSpec:
+    """The job that trains a run; it never runs beside another one of the same run.
+
+    Args:
+        config: the run.
+        directory: of the run.
+        config_path: its frozen configuration, which the job reads.
+        dependency: what else it waits for.
+        exclude: nodes to leave out besides ``job.exclude``.
+    """
+    variables = {"CONFIG": str(config_path), **_python(config, in_step=False)}
+    return JobSpec(
+        name=job_name(config, directory),
+        body="pretrain",
+        output=_log(directory, "slurm-%j.log"),
+        variables=variables,
+        dependency=",".join(filter(None, (dependency, "singleton"))),
+        **_training(config, exclude),
+    )
+
+
+def sweep_spec(
+    config: RunConfig,
+    *,
+    directory: Path,
+    sweep_path: Path,
+    members: Sequence[int],
+    at_once: int = 0,
+) -> JobSpec:
+    """The array job whose elements train the runs of a sweep.
+
+    Args:
+        config: what all runs share.
+        directory: of the sweep.
+        sweep_path: the file that tells which element is which run.
+        members: the elements to run.
+        at_once: of them, at the same time; 0 sets no bound.
+    """
+    return JobSpec(
+        name=job_name(config, directory, "sweep"),
+        body="sweep",
+        output=_log(directory, "slurm-%A_%a.log"),
+        variables={"SWEEP": str(sweep_path), **_python(config, in_step=False)},
+        array=_ids(members) + (f"%{at_once}" if at_once else ""),
+        **_training(config, ()),
+    )
+
+
+def stage_spec(
+    stage: StageName,
+    config: RunConfig,
+    *,
+    directory: Path,
+    config_path: Path,
+    dependency: str = "",
+) -> JobSpec:
+    """The job of a stage beside training.
+
+    Args:
+        stage: which.
+        config: the run.
+        directory: of the run.
+        config_path: its frozen configuration.
+        dependency: what it waits for.
+
+    Raises:
+        UserError: the configuration has not what the stage works on.
+    """
+    job, asked = config.job, config.pipeline.stages.get(stage, StageSection())
+    body, variables, arguments = _work(stage, config, directory)
+    tasks = config.pipeline.data.tasks if stage == "prepare" and config.pipeline.data else 0
+    at_once = config.pipeline.data.at_once if config.pipeline.data else 0
+    elsewhere = bool(asked.partition)  # what belongs to the partition of training stays with it
+    return JobSpec(
+        name=job_name(config, directory, stage),
+        body=body,
+        output=_log(directory, "slurm-%A_%a.log" if tasks else "slurm-%j.log"),
+        variables={**variables, **_python(config, in_step=True)},
+        arguments=arguments,
+        section=f"pipeline.stages.{stage}",
+        cpus_per_task=asked.cpus,
+        gpus_per_node=asked.gpus,
+        gpu_type=job.gpu_type if asked.gpus and not elsewhere else "",
+        memory=asked.memory,
+        time=asked.time,
+        partition=asked.partition or job.partition,
+        account=job.account,
+        qos="" if elsewhere else job.qos,
+        constraint="" if elsewhere else job.constraint,
+        reservation="" if elsewhere else job.reservation,
+        exclude=() if elsewhere else tuple(job.exclude),
+        array=(f"0-{tasks - 1}" + (f"%{at_once}" if at_once else "")) if tasks else "",
+        dependency=dependency,
+        modules=tuple(job.modules),
+        environment=dict(job.environment),
+        launcher=stage_launcher(job, gpu=asked.gpus > 0),
+    )
+
+
+def job_name(config: RunConfig, directory: Path, stage: str = "") -> str:
+    """The name of a run's job: the same for the same run, whoever submits it, and for no other."""
+    place = directory.absolute()
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", config.run.name or place.name).strip("-.")
+    digest = hashlib.sha256(str(place).encode()).hexdigest()[:8]
+    return "-".join(filter(None, ("titans", name[:LONGEST_NAME], digest, stage)))
+
+
+def _training(config: RunConfig, exclude: Sequence[str]) -> dict[str, Any]:
+    """What ``job`` asks of SLURM, as fields of a JobSpec."""
+    job = config.job
+    return {
+        "nodes": job.nodes,
+        "tasks_per_node": job.ranks_per_node,
+        "cpus_per_task": job.cpus_per_rank,
+        "gpus_per_node": job.gpus_per_node,
+        "gpu_type": job.gpu_type,
+        "memory": job.memory_per_node,
+        "time": job.time,
+        "partition": job.partition,
+        "account": job.account,
+        "qos": job.qos,
+        "constraint": job.constraint,
+        "reservation": job.reservation,
+        "exclude": tuple(dict.fromkeys((*job.exclude, *exclude))),
+        "signal": f"B:USR1@{job.signal_seconds}",
+        "options": tuple(job.options),
+        "modules": tuple(job.modules),
+        "environment": dict(job.environment),
+    }
+
+
+def _work(
+    stage: StageName, config: RunConfig, directory: Path
+) -> tuple[str, dict[str, str], tuple[str, ...]]:
+    """Ready file, its variables and further arguments of a stage."""
+    export, evaluation = config.pipeline.export, config.pipeline.eval
+    model = export.directory or str(directory / "model")
+    if stage == "export":
+        variables = {"CHECKPOINT": str(directory), "OUT": model}
+        return "export", variables, ("--dtype", export.dtype)
+    if stage == "eval":
+        if config.data.manifest is None:
+            raise UserError(
+                "one data set is evaluated, and the run trains on a mixture",
+                where="data.mixture",
+                fix="submit without --pipeline; then titans export and titans eval --data MANIFEST",
+            )
+        output = evaluation.output or str(directory / "eval")
+        variables = {"MODEL": model, "OUT": output, "DATA": config.data.manifest}
+        chosen = ("--sequences", str(evaluation.sequences)) if evaluation.sequences else ()
+        return "eval", variables, chosen
+    data, manifest = config.pipeline.data, config.data.manifest
+    if data is None or manifest is None:
+        raise UserError(
+            "there is no data to prepare",
+            where="pipeline.data",
+            fix="give pipeline.data.input and data.manifest, or leave the stage out",
+        )
+    variables = {"DATA_JOB": stage, "OUTPUT": str(Path(manifest).parent)}
+    if stage != "plan":
+        return "prepare", variables, ()
+    words = ["--tokenizer", data.tokenizer, "--tasks", str(data.tasks), *data.options]
+    source = ["--input", *data.input] if data.input else []
+    return "prepare", variables, (*source, *words)
+
+
+def _python(config: RunConfig, *, in_step: bool) -> dict[str, str]:
+    return {"TITANS_PYTHON": interpreter(config.job, in_step=in_step)}
+
+
+def _log(directory: Path, name: str) -> str:
+    """A file in the run's logs; SLURM reads % in a path as a pattern."""
+    return f"{str(directory).replace('%', '%%')}/logs/{name}"
+
+
+def _ids(members: Sequence[int]) -> str:
+    """Numbers as an array's ids, such as 0-3,7."""
+    spans: list[list[int]] = []
+    for number in sorted(set(members)):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)

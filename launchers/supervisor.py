@@ -1,0 +1,261 @@
+"""An attempt at work: its nodes are checked, its ranks started and watched, its end acted upon.
+
+No torch here.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launchers import (
+    checks,
+    evidence,
+    history,
+    judge,
+    nodes,
+    policy,
+    preflight,
+    resubmit,
+    slurm_utils,
+    staging,
+)
+from launchers import job as jobs
+from launchers.asked import AskedToStop
+from launchers.history import Attempt
+from launchers.job_log import say
+from launchers.policy import Asked, Decision, Outcome
+from launchers.slurm_utils import Allocation, SlurmError
+from launchers.steps import Limits, Step, StepEnd, rank_environment
+from titans_pretrain import errors
+from titans_pretrain.config import RunConfig
+from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.train import heartbeat
+from titans_pretrain.train import outcome as outcomes
+from titans_pretrain.train.directory import RunDirectory
+
+END_MARGIN_SECONDS = 15.0  # SLURM kills at the time limit or up to half a minute later
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """What one attempt needs to know.
+
+    Attributes:
+        config: the run.
+        config_path: its file.
+        directory: the run's.
+        allocation: the job's nodes.
+        attempt: this one.
+        limit: unix time of the job's time limit; None if it has none.
+        asked: signals that reached this process.
+    """
+
+    config: RunConfig
+    config_path: Path
+    directory: RunDirectory
+    allocation: Allocation
+    attempt: Attempt
+    limit: float | None
+    asked: AskedToStop
+
+    def outcome(self) -> Outcome:
+        """Check the nodes, train, and tell how that ended."""
+        try:
+            bad = self._check_nodes()
+            if bad is not None:
+                return bad
+            if self.asked:
+                kind = self._who_asked()
+                return Outcome("stopped", "asked to stop before the first step", kind)
+            return self._judge(self._train())
+        except TitansError as error:
+            print(error, file=sys.stderr, flush=True)
+            refused = error.exit_code == errors.USER_ERROR
+            return Outcome("refused" if refused else "failed", error.what)
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return Outcome("failed", str(error))
+
+    def current(self) -> slurm_utils.Job | None:
+        """This job, while it is what goes on with the run; see ``resubmit.is_current``."""
+        return resubmit.is_current(self.directory.path, self.attempt.number, self.allocation)
+
+    def decide(
+        self, outcome: Outcome, before: Sequence[Attempt], current: slurm_utils.Job
+    ) -> Decision:
+        """What follows, from the policy and from what SLURM can do."""
+        job = self.config.job
+        spare = 0
+        if outcome.suspects:
+            with contextlib.suppress(SlurmError):
+                known = nodes.states(self.allocation.partition)
+                spare = nodes.spare(known, job.nodes, job.exclude)
+        decision = policy.decide(outcome, before, job, current=self.allocation.job, spare=spare)
+        over = self.limit is not None and time.time() >= self.limit  # of a job that ended so
+        if decision.action in ("requeue", "resubmit") and current.state != "RUNNING" and not over:
+            told = f"SLURM is ending the job itself; {decision.reason}"
+            return Decision("end", errors.STOPPED, told)
+        if decision.action == "resubmit" and resubmit.script(self.directory.path) is None:
+            say(f"no job file to submit again without {', '.join(decision.exclude)}: requeued")
+            return replace(decision, action="requeue", exclude=())
+        return decision
+
+    def end(self, outcome: Outcome, decision: Decision) -> None:
+        """Put the attempt's end down, before anything that ends this process."""
+        ended = judge.ended(self.directory, self.attempt, outcome)
+        next_job = self.allocation.job if decision.action == "requeue" else ""
+        ended = replace(ended, action=decision.action, next_job=next_job)
+        history.write(self.directory.path, ended)
+        say(ended.line())
+
+    def act(self, decision: Decision) -> int:
+        """Do what was decided; the exit code."""
+        if decision.action == "requeue":
+            say(f"job {self.allocation.job} is requeued")
+            try:
+                resubmit.requeue(self.allocation, self.asked)
+            except SlurmError as error:
+                say(f"SLURM does not requeue it: {error.what}")
+                self._resubmit(())
+        elif decision.action == "resubmit":
+            self._resubmit(decision.exclude)
+        elif decision.exit_code == errors.STOPPED:
+            say(f"this job ends here: {decision.reason}; titans submit goes on with the run")
+        elif decision.action == "end":
+            print(f"error: the run ends here: {decision.reason}", file=sys.stderr)
+            print(f"where: {self.directory.path}", file=sys.stderr)
+            print("fix:   mend that, then titans submit goes on", file=sys.stderr, flush=True)
+        return decision.exit_code
+
+    def _check_nodes(self) -> Outcome | None:
+        """What preflight found, if training must not begin.
+
+        Raises:
+            UserError: it would be in vain on other nodes, too, or the grace is too short.
+        """
+        config = self.config
+        if config.job.preflight:
+            found = preflight.check(self.allocation, config, config_path=self.config_path)
+            for problem in found.problems:
+                say(f"{problem.node or 'all nodes'}: {problem.what}; {problem.fix}")
+            suspects = tuple(found.suspects)
+            common = [problem for problem in found.problems if not problem.node]
+            if common or (len(suspects) > 1 and set(suspects) >= set(self.allocation.nodes)):
+                problem = [*common, *found.problems][0]
+                raise UserError(problem.what, where=problem.node or "all nodes", fix=problem.fix)
+            if suspects:
+                return Outcome("bad node", found.problems[0].what, suspects=suspects)
+            if not config.job.storage_bytes_per_second and found.write_bytes_per_second:
+                rate = {"storage_bytes_per_second": found.write_bytes_per_second}
+                config = config.model_copy(update={"job": config.job.model_copy(update=rate)})
+        checks.of_run(config, self.directory.path)
+        return None
+
+    def _train(self) -> StepEnd:
+        """Start the ranks and wait for their end."""
+        job, number = self.config.job, self.attempt.number
+        command = [job.python or sys.executable, "-P", "-m", "titans_pretrain.cli"]
+        command += ["train", str(self.config_path), *staging.overrides(self.config)]
+        command += ["--ranks", str(job.ranks), "--resume"]
+        environment = rank_environment(
+            os.environ,
+            job.environment,
+            attempt=number,
+            end=self.limit,
+            preempt_seconds=self._preempt_seconds(),
+            cpus_per_rank=job.cpus_per_rank,
+        )
+        until = None if self.limit is None else self.limit - END_MARGIN_SECONDS
+        place = history.evidence(self.directory.path, number)
+        return Step(
+            jobs.step_command(job, command, nodes=job.nodes, tasks_per_node=job.ranks_per_node),
+            environment,
+            beats=self._beats,
+            ended=self._has_told,
+            asked=self.asked,
+            forward=self._forward,
+            limits=Limits(job.start_seconds, until),
+            save_evidence=lambda why: self._save_evidence(place, why),
+        ).run()
+
+    def _judge(self, step: StepEnd) -> Outcome:
+        lost: tuple[str, ...] = ()
+        with contextlib.suppress(SlurmError):
+            lost = nodes.lost(self.allocation.nodes, nodes.states(self.allocation.partition))
+        situation = judge.Situation(
+            self.attempt.number,
+            self.attempt.step_from,
+            self.config.train.steps,
+            self._who_asked(),
+            self.allocation.nodes,
+        )
+        suspects = judge.named([*step.suspects, *lost], self.allocation.nodes)
+        return judge.outcome(self.directory, situation, replace(step, suspects=suspects))
+
+    def _beats(self) -> dict[int, dict[str, object]]:
+        number = self.attempt.number
+        beats = heartbeat.read(self.directory)
+        return {rank: beat for rank, beat in beats.items() if beat.get("attempt") == number}
+
+    def _has_told(self) -> bool:
+        number = self.attempt.number
+        if outcomes.read(self.directory, attempt=number) is not None:
+            return True
+        return bool(judge.failure(self.directory, number))
+
+    def _forward(self, process: "subprocess.Popen[bytes]", name: str) -> None:
+        """Tell the ranks of a signal that reached this process only.
+
+        Long before the time limit it is a preemption, which they know by SIGTERM.
+        """
+        kind = self._who_asked()
+        say(f"{name} received ({kind}): the ranks are asked to stop")
+        if kind == "preempted":
+            with contextlib.suppress(SlurmError):
+                if self.current() is not None:  # else the signal would reach the next start's ranks
+                    slurm_utils.cancel(self.allocation.job, signal="TERM")
+                    return
+        process.send_signal(signal.SIGUSR1)
+
+    def _save_evidence(self, place: Path, why: str) -> None:
+        say(f"the step is ended: {why}; evidence: {place}")
+        evidence.save(self.directory, self.allocation, place, why)
+
+    def _who_asked(self) -> Asked:
+        return judge.asked_by(time.time(), self.limit, self.config.job.signal_seconds)
+
+    def _preempt_seconds(self) -> float | None:
+        job = self.config.job
+        if job.preempt_seconds is not None:
+            return job.preempt_seconds
+        with contextlib.suppress(SlurmError):
+            grace = slurm_utils.grace_seconds(self.allocation.partition, qos=job.qos)
+            return float(grace) if grace else None
+        return None
+
+    def _resubmit(self, exclude: Sequence[str]) -> None:
+        """Submit the run's job file again, and have those that wait for this job wait for that.
+
+        Raises:
+            TitansError: there is none, or SLURM refuses it.
+        """
+        path = resubmit.script(self.directory.path)
+        if path is None:
+            raise TitansError(
+                "the run does not go on: no job file to submit again",
+                where=str(self.directory.jobs),
+                fix="submit the job again, as it was",
+            )
+        every = list(dict.fromkeys([*self.config.job.exclude, *exclude]))
+        new = resubmit.resubmit(self.directory.path, path, every)
+        ended = history.attempts(self.directory.path)[-1]
+        history.write(self.directory.path, replace(ended, action="resubmit", next_job=new))
+        without = f" without {', '.join(exclude)}" if exclude else ""
+        say(f"job {new} goes on with the run{without}, once this one has ended")
+        resubmit.move_dependents(self.allocation.job, new, say)

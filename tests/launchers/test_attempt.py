@@ -1,0 +1,450 @@
+"""One attempt's parts, without SLURM: what is refused, what is read, what is told."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+
+from launchers import history, judge, nodes, opening, policy, resubmit, slurm_utils, staging, steps
+from launchers.asked import AskedToStop
+from launchers.history import Attempt
+from launchers.judge import Situation
+from launchers.slurm_utils import SlurmError
+from launchers.steps import Limits, Silence, Step, StepEnd
+from titans_pretrain import config as run_config
+from titans_pretrain.checkpoint import format as layout
+from titans_pretrain.checkpoint import manifest
+from titans_pretrain.data.storage import RemoteStorage, open_storage
+from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.files import write_json
+from titans_pretrain.train.directory import RunDirectory
+
+MODEL = {
+    "variant": "lmm",
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "intermediate_size": 16,
+    "memory_depth": 1,
+    "chunk_size": 16,
+    "num_persistent_tokens": 2,
+}
+JOB = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "a[1-2]",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+    "SLURM_JOB_PARTITION": "main",
+}
+
+
+def made(path, data=None, **job):
+    tree = {
+        "model": MODEL,
+        "data": data or {"manifest": str(path / "data" / "manifest.json"), "sequence_length": 64},
+        "train": {"steps": 9, "global_batch_size": 4, "learning_rate": 0.1},
+        "run": {"directory": str(path)},
+        "job": {"nodes": 2, "ranks_per_node": 2} | job,
+    }
+    if data:
+        tree["data"]["sequence_length"] = 64
+    return run_config.resolve(tree, source="a test")
+
+
+def attempt(number=1, job="7", **more):
+    return Attempt(number, job, 0, "a1", ("a1", "a2"), begun=100.0, **more)
+
+
+def checkpoint(run, step):
+    path = run.checkpoints / layout.step_name(step)
+    path.mkdir(parents=True)
+    index = {"format": layout.FORMAT, "files": [], "tensors": {}}
+    files = [manifest.write_file(path, layout.TENSORS, json.dumps(index).encode())]
+    manifest.write(path, files, {"format": layout.FORMAT, "step": step, "tensors": {}})
+    return path
+
+
+def slurm_job(**more):
+    names = list(slurm_utils.Job.__dataclass_fields__)
+    return slurm_utils.Job(**dict.fromkeys(names, "") | {"id": "7", "restarts": 0} | more)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory(tmp_path)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Jobs that SLURM knows, by id; all nodes are fine."""
+    jobs = {}
+    monkeypatch.setattr(slurm_utils, "job", jobs.get)
+    monkeypatch.setattr(nodes, "states", lambda partition: {"a1": "idle", "a2": "mixed"})
+    return jobs
+
+
+@pytest.fixture
+def asked():
+    before = {number: signal.getsignal(number) for number in AskedToStop.SIGNALS}
+    yield AskedToStop()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# before
+
+
+def test_outside_of_a_job_an_attempt_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no job of SLURM") as error:
+        opening.checked_allocation(made(tmp_path), {})
+    assert "titans submit" in error.value.fix
+    assert "titans train" in error.value.fix
+
+
+@pytest.mark.parametrize(
+    "given", [{"SLURM_TASKS_PER_NODE": "4"}, {"SLURM_TASKS_PER_NODE": "2(x3)"}, {}]
+)
+def test_an_allocation_must_be_that_of_the_run(tmp_path, given):
+    config = made(tmp_path)
+    if not given:
+        assert opening.checked_allocation(config, JOB).tasks == 4
+        return
+    with pytest.raises(UserError) as error:
+        opening.checked_allocation(config, JOB | given)
+    assert "--nodes=2 --ntasks-per-node=2" in error.value.fix
+
+
+def test_a_mesh_that_the_ranks_do_not_fill_is_refused(tmp_path):
+    with pytest.raises(UserError, match="3 ranks"):
+        opening.checked_allocation(made(tmp_path, nodes=3, ranks_per_node=1), JOB)
+
+
+def allocation(**more):
+    return slurm_utils.allocation(JOB | more)
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "SUSPENDED", "CONFIGURING"])
+def test_an_attempt_at_work_is_left_alone(run, known, state):
+    history.claim(run.path, attempt(job="5"))
+    known["5"] = slurm_job(id="5", state=state)
+    with pytest.raises(UserError, match="job 5 on a1"):
+        opening.close_open(run, allocation(), 9)
+    assert history.attempts(run.path) == [attempt(job="5")]
+
+
+@pytest.mark.parametrize(
+    "state", ["", "PENDING", "COMPLETING", "NODE_FAIL", "TIMEOUT", "CANCELLED"]
+)
+def test_an_attempt_whose_job_is_over_gets_its_end(run, known, state):
+    history.claim(run.path, attempt(job="5"))
+    if state:
+        known["5"] = slurm_job(id="5", state=state)
+    (closed,) = opening.close_open(run, allocation(), 9)
+    assert history.attempts(run.path) == [closed]
+    assert closed.verdict == "killed"
+    assert closed.ended is not None
+
+
+def test_an_attempt_of_another_job_does_not_count_for_a_new_submission(run, known):
+    history.claim(run.path, attempt(job="5"))
+    before = opening.close_open(run, allocation(), 9)
+    assert policy.fruitless(before, "7") == 0
+    assert policy.fruitless(before, "5") == 1
+
+
+def test_a_job_started_again_closes_its_own_last_attempt_and_no_later_one(run, known):
+    known["7"] = slurm_job(state="RUNNING", restarts=1)
+    history.claim(run.path, attempt())
+    with pytest.raises(UserError):
+        opening.close_open(run, allocation(), 9)
+    (closed,) = opening.close_open(run, allocation(SLURM_RESTART_COUNT="1"), 9)
+    assert closed.next_job == "7"
+    history.claim(run.path, replace(attempt(2), restart=2))
+    with pytest.raises(UserError):
+        opening.close_open(run, allocation(SLURM_RESTART_COUNT="1"), 9)
+
+
+def test_while_slurm_does_not_answer_nobody_is_taken_for_dead(run, monkeypatch):
+    def silent(job):
+        raise SlurmError("no answer")
+
+    monkeypatch.setattr(slurm_utils, "job", silent)
+    history.claim(run.path, attempt(job="5"))
+    with pytest.raises(SlurmError):
+        opening.close_open(run, allocation(), 9)
+    assert history.attempts(run.path)[0].ended is None
+
+
+def test_what_a_killed_attempt_had_told_counts(run, known):
+    history.claim(run.path, attempt())
+    known["7"] = slurm_job(state="RUNNING", restarts=1)
+    stop = {"attempt": 1, "outcome": "stopped", "asked_by": "signal", "reason": "SIGTERM"}
+    write_json(run.outcome, stop)
+    checkpoint(run, 4)
+    run.metrics.write_text('{"step": 5}\n{"step": 6}\n{"ste')
+    (closed,) = opening.close_open(run, allocation(SLURM_RESTART_COUNT="1"), 9)
+    assert (closed.verdict, closed.asked) == ("stopped", "preempted")
+    assert (closed.step_to, closed.lost_steps, closed.progress) == (4, 2, True)
+
+
+def test_a_lost_node_is_the_suspect_of_a_killed_attempt(run, known, monkeypatch):
+    monkeypatch.setattr(nodes, "states", lambda partition: {"a1": "idle", "a2": "down*"})
+    history.claim(run.path, attempt())
+    (closed,) = opening.close_open(run, allocation(SLURM_RESTART_COUNT="1"), 9)
+    assert (closed.verdict, closed.suspects) == ("killed", ("a2",))
+
+
+def test_no_attempt_begins_after_a_row_of_fruitless_ones(tmp_path):
+    failed = attempt(step_to=0, ended=1.0, verdict="failed", reason="boom", next_job="7")
+    with pytest.raises(TitansError, match=r"2 attempts in a row.*boom") as error:
+        opening.refuse_fruitless([failed, failed], allocation(), made(tmp_path, restarts=2))
+    assert error.value.exit_code == 1
+    opening.refuse_fruitless([failed, failed], allocation(), made(tmp_path, restarts=3))
+
+
+# how it ended
+
+SITUATION = Situation(2, 5, 9, "limit", ["a1", "a2.site"])
+
+
+def error(code, what="it broke", **more):
+    return {"attempt": 2, "rank": 3, "host": "a2", "what": what, "exit_code": code} | more
+
+
+def test_success_needs_the_last_checkpoint_whatever_srun_says(run):
+    done = {"attempt": 2, "outcome": "done", "asked_by": "", "reason": ""}
+    assert judge.outcome(run, SITUATION, StepEnd(0)).verdict == "failed"
+    write_json(run.outcome, done)
+    assert judge.outcome(run, SITUATION, StepEnd(0)).verdict == "failed"
+    path = checkpoint(run, 9)
+    assert judge.outcome(run, SITUATION, StepEnd(1)).verdict == "done"
+    (path / layout.TENSORS).write_text("cut")
+    assert judge.outcome(run, SITUATION, StepEnd(0)).verdict == "failed"
+
+
+def test_records_of_another_attempt_do_not_count(run):
+    stop = {"attempt": 1, "outcome": "stopped", "asked_by": "file", "reason": ""}
+    write_json(run.outcome, stop)
+    write_json(run.error, error(2, attempt=1))
+    assert judge.outcome(run, SITUATION, StepEnd(137)).verdict == "failed"
+
+
+@pytest.mark.parametrize(("by", "asked"), [("file", "user"), ("signal", "limit")])
+def test_a_stop_is_the_users_or_slurms(run, by, asked):
+    write_json(run.outcome, {"attempt": 2, "outcome": "stopped", "asked_by": by, "reason": "so"})
+    checkpoint(run, 6)
+    outcome = judge.outcome(run, SITUATION, StepEnd(75))
+    assert (outcome.verdict, outcome.asked, outcome.progress) == ("stopped", asked, True)
+
+
+@pytest.mark.parametrize(("code", "verdict"), [(1, "failed"), (2, "refused"), (75, "hang")])
+def test_an_error_of_a_rank_tells_what_it_is(run, code, verdict):
+    write_json(run.error, error(code))
+    outcome = judge.outcome(run, SITUATION, StepEnd(137, why="it goes on"))
+    assert outcome.verdict == verdict
+    assert "rank 3 on a2: it broke" in outcome.reason
+    assert outcome.suspects == (("a2.site",) if code == 75 else ())
+
+
+@pytest.mark.parametrize(
+    ("code", "first"), [(2, ""), (143, "srun: error: a2: task 3: Exited with exit code 2")]
+)
+def test_ranks_that_refuse_before_their_log_is_open_are_understood(run, code, first):
+    end = StepEnd(code, told=first, error="no such data")
+    outcome = judge.outcome(run, SITUATION, end)
+    assert (outcome.verdict, outcome.reason) == ("refused", "no such data")
+    end = StepEnd(143, told="srun: error: a2: task 3: Exited with exit code 12")
+    assert judge.outcome(run, SITUATION, end).verdict == "failed"
+
+
+def test_hosts_are_told_by_slurms_names():
+    assert judge.named(["a2", "a1.site", "b1", "a2"], ["a1", "a2.site"]) == ("a2.site", "a1")
+
+
+def test_the_time_limit_is_told_from_a_preemption_by_its_nearness():
+    assert judge.asked_by(1000, 1100, 120) == "limit"
+    assert judge.asked_by(1000, 1149, 120) == "limit"  # SLURM may signal half a minute early
+    assert judge.asked_by(1000, 4000, 120) == "preempted"
+    assert judge.asked_by(1000, None, 120) == "preempted"
+
+
+# the step
+
+
+def step_of(code, asked, *, beats=dict, told=lambda: False, limits=None, kept=None, forward=None):
+    return Step(
+        [sys.executable, "-c", code],
+        os.environ,
+        beats=beats,
+        ended=told,
+        asked=asked,
+        forward=forward or (lambda process, name: process.terminate()),
+        limits=limits or Limits(60),
+        save_evidence=(kept if kept is not None else []).append,
+    ).run()
+
+
+def test_a_step_that_ends_by_itself_has_its_exit_code(asked):
+    end = step_of("import sys; sys.exit(7)", asked)
+    assert (end.code, end.why, end.suspects) == (7, "", ())
+
+
+def test_a_signal_is_forwarded_once(asked):
+    told = []
+
+    def forward(process, name):
+        told.append(name)
+        process.terminate()
+
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert step_of("import time; time.sleep(60)", asked, forward=forward).code == -15
+    assert told == ["SIGUSR1"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "told", "beats", "why"),
+    [
+        (Limits(0.5), False, {}, "within 0.5 s of the start"),
+        (Limits(60), True, {}, "after its ranks told their end"),
+        (Limits(60), False, {0: {"time": 1, "host": "a1"}}, "no rank gave a sign of life for"),
+        (Limits(60, until=0.0), False, {}, "before the time limit"),
+    ],
+)
+def test_a_step_is_ended_from_outside(asked, monkeypatch, limits, told, beats, why):
+    monkeypatch.setattr(steps, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(steps, "ENDING_SECONDS", 1.0)
+    kept = []
+    code = "import time; time.sleep(60)"
+    end = step_of(code, asked, beats=lambda: beats, told=lambda: told, limits=limits, kept=kept)
+    assert why in end.why
+    assert kept == ([] if limits.until is not None else [end.why])
+    assert end.code == -15
+    assert end.late == (limits.until is not None)
+
+
+def test_the_first_task_that_died_is_told_and_its_node_suspected_if_it_was_killed(asked):
+    lines = [
+        "srun: error: a2: task 3: Killed",
+        "srun: launch/slurm: _step_signal: Terminating StepId=2.0",
+        "srun: error: a1: tasks 0-1: Killed",
+    ]
+    code = "import sys; sys.stderr.write({!r}); sys.exit(137)"
+    end = step_of(code.format("\n".join([*lines, ""])), asked)
+    assert (end.told, end.suspects) == (lines[0], ("a2",))
+    told = step_of("import sys; sys.stderr.write('x\\nerror: no data\\nwhere: here\\n')", asked)
+    assert told.error == "no data"
+    lines[0] = "srun: error: a2: task 3: Exited with exit code 1"
+    assert step_of(code.format("\n".join([*lines, ""])), asked).suspects == ()
+
+
+def test_silence_is_measured_by_the_longest_so_far():
+    silence = Silence()
+    silence.add({0: {"time": 1.0, "host": "a1"}, 1: {"time": 1.0, "host": "a2"}}, 1.0)
+    assert (silence.begun, silence.seconds, silence.limit) == (True, 0.0, steps.SILENT_SECONDS)
+    silence.add({0: {"time": 1.0, "host": "a1"}}, 20.0)
+    assert silence.seconds == 20.0
+    silence.add({0: {"time": 2.0, "host": "a1"}}, 1.0)
+    assert (silence.seconds, silence.limit) == (0.0, 210.0)
+    silence.add({0: {"time": 3.0, "host": "a1"}}, 100.0)
+    assert silence.nodes() == ["a2"]
+
+
+def test_ranks_are_told_of_their_attempt_and_their_end():
+    given = steps.rank_environment(
+        {"OMP_NUM_THREADS": "3", "HOME": "/h"},
+        {"NCCL_DEBUG": "WARN"},
+        attempt=4,
+        end=1234.5,
+        preempt_seconds=None,
+        cpus_per_rank=8,
+    )
+    assert given["TITANS_ATTEMPT"] == "4"
+    assert given["TITANS_JOB_END"] in ("1234", "1235")
+    assert (given["OMP_NUM_THREADS"], given["NCCL_DEBUG"], given["HOME"]) == ("3", "WARN", "/h")
+    assert "TITANS_PREEMPT_SECONDS" not in given
+    rest = {"attempt": 4, "end": None, "preempt_seconds": 30.0, "cpus_per_rank": 8}
+    given = steps.rank_environment({}, {}, **rest)
+    assert (given["OMP_NUM_THREADS"], given["TITANS_PREEMPT_SECONDS"]) == ("8", "30")
+    assert "TITANS_JOB_END" not in given
+
+
+# what comes next
+
+
+def test_a_process_whose_job_was_given_away_is_not_current(run, known):
+    history.claim(run.path, attempt())
+    assert resubmit.is_current(run.path, 1, allocation()) is None
+    known["7"] = slurm_job(state="RUNNING")
+    assert resubmit.is_current(run.path, 1, allocation()) == known["7"]
+    known["7"] = slurm_job(state="RUNNING", restarts=1)
+    assert resubmit.is_current(run.path, 1, allocation()) is None
+    known["7"] = slurm_job(state="PENDING")
+    assert resubmit.is_current(run.path, 1, allocation()) is None
+    known["7"] = slurm_job(state="RUNNING")
+    history.claim(run.path, attempt(2, job="8"))
+    assert resubmit.is_current(run.path, 1, allocation()) is None
+
+
+@pytest.mark.parametrize(
+    ("dependency", "after"),
+    [
+        ("afterok:7(unfulfilled)", "afterok:9"),
+        ("afterok:7(unfulfilled),singleton(unfulfilled)", "afterok:9,singleton"),
+        ("afterok:6:7:8", "afterok:6:9:8"),
+        ("afterany:7+5?afterok:17", "afterany:9+5?afterok:17"),
+        ("afterok:17(unfulfilled),afterok:70(unfulfilled)", None),
+        ("afterok:7_3(unfulfilled)", None),
+        ("", None),
+    ],
+)
+def test_a_dependency_names_the_new_job_instead_of_the_old(dependency, after):
+    assert resubmit.moved(dependency, "7", "9") == after
+
+
+def test_nodes_to_spare_are_those_that_slurm_would_use():
+    states = {"a1": "idle", "a2": "allocated", "a3": "down", "a4": "idle*", "a5": "drained"}
+    assert nodes.spare(states | {"a6": "mixed-"}, 2, []) == 1
+    assert nodes.spare(states | {"a6": "mixed-"}, 2, ["a1"]) == 0
+    assert nodes.spare(states, 4, []) == 0
+    assert nodes.lost(["a1", "a3", "a4", "b9"], states) == ("a3", "a4")
+
+
+# staging
+
+
+def test_data_is_read_through_a_cache_on_the_node(tmp_path):
+    config = made(tmp_path, stage_data=True, local_directory=str(tmp_path / "scratch"))
+    path = tmp_path / "run.yaml"
+    path.write_text(run_config.dump(config))
+    staged = run_config.load(path, staging.overrides(config))
+    assert staged.data.manifest == f"local://{config.data.manifest}"
+    assert staged.data.cache.startswith(str(tmp_path / "scratch" / "titans-"))
+    shards = tmp_path / "data"
+    shards.mkdir()
+    (shards / "a.bin").write_bytes(b"0123456789")
+    place = staged.data.manifest.removesuffix("/manifest.json")
+    storage = open_storage(place, cache=tmp_path / "scratch", cache_bytes=2**24)
+    assert isinstance(storage, RemoteStorage)
+    assert storage.sizes(["a.bin", "b.bin"]) == {"a.bin": 10}
+    assert bytes(storage.read("a.bin", 2, 5)) == b"234"
+    assert any(file.is_file() for file in (tmp_path / "scratch").rglob("*"))
+
+
+def test_every_part_of_a_mixture_is_staged_and_what_is_remote_stays(tmp_path):
+    parts = [{"manifest": "/d/a: #1/manifest.json", "weight": 1.0}]
+    parts += [{"manifest": "s3://b/manifest.json", "weight": 2.0}]
+    config = made(tmp_path, {"mixture": parts}, stage_data=True, local_directory="/scratch")
+    path = tmp_path / "run.yaml"
+    path.write_text(run_config.dump(config))
+    staged = run_config.load(path, staging.overrides(config))
+    wanted = [("local:///d/a: #1/manifest.json", 1.0), ("s3://b/manifest.json", 2.0)]
+    assert staged.data.parts == wanted
+
+
+def test_staging_needs_a_directory_of_the_node(tmp_path):
+    with pytest.raises(UserError, match=r"job\.local_directory"):
+        staging.overrides(made(tmp_path, stage_data=True, local_directory="here"))
+    assert staging.overrides(made(tmp_path, local_directory="/scratch")) == []

@@ -1,0 +1,64 @@
+"""The records of a run's attempts."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from launchers import history
+from launchers.history import Attempt
+from titans_pretrain.errors import TitansError
+
+
+def attempt(number, job="7"):
+    return Attempt(number, job, 0, "a1", ("a1", "a2"), begun=100.0, step_from=5)
+
+
+def test_a_run_without_attempts_has_none(tmp_path):
+    assert history.attempts(tmp_path) == []
+    assert history.attempts(tmp_path / "nowhere") == []
+
+
+def test_an_attempt_is_read_as_it_was_claimed_and_as_it_ended(tmp_path):
+    one = attempt(1)
+    assert history.claim(tmp_path, one)
+    assert history.attempts(tmp_path) == [one]
+    ended = replace(one, ended=160.0, step_to=9, verdict="hang", suspects=("a2",), next_job="8")
+    history.write(tmp_path, ended)
+    assert history.attempts(tmp_path) == [ended]
+
+
+def test_of_jobs_that_claim_the_same_attempt_one_gets_it(tmp_path):
+    history.directory(tmp_path).mkdir()
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda job: history.claim(tmp_path, attempt(1, str(job))), range(8)))
+    assert got.count(True) == 1
+    assert history.attempts(tmp_path)[0].job == str(got.index(True))
+
+
+def test_attempts_come_by_number_and_other_files_are_no_attempts(tmp_path):
+    for number in (10, 9, 1):
+        history.claim(tmp_path, attempt(number))
+    (history.directory(tmp_path) / "attempt-2.json.bak").write_text("x")
+    history.evidence(tmp_path, 9).mkdir()
+    assert [one.number for one in history.attempts(tmp_path)] == [1, 9, 10]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"number": 1}', '{"number": 2}'])
+def test_a_record_that_is_none_is_named(tmp_path, text):
+    history.claim(tmp_path, attempt(1))
+    path = history.directory(tmp_path) / "attempt-1.json"
+    path.write_text(text)
+    with pytest.raises(TitansError, match="attempt 1 cannot be read") as error:
+        history.attempts(tmp_path)
+    assert error.value.where == str(path)
+
+
+def test_an_attempt_in_one_line(tmp_path):
+    one = replace(attempt(3), restart=2)
+    assert one.line() == "attempt 3 (job 7, restart 2): open, from step 5"
+    ended = replace(one, ended=160.0, step_to=9, lost_steps=2, verdict="hang", reason="rank 1")
+    assert ended.line() == (
+        "attempt 3 (job 7, restart 2): hang, steps 5 to 9 in 1.0 min, 2 steps lost: rank 1"
+    )
+    assert replace(ended, suspects=("a2",)).line().endswith("; suspected: a2")

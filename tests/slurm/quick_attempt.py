@@ -1,0 +1,13 @@
+"""`titans attempt`, with a shorter patience than a real run needs."""
+
+import sys
+
+from launchers import steps
+from titans_pretrain import cli
+
+steps.SILENT_SECONDS = 6.0
+steps.ENDING_SECONDS = 4.0
+steps.KILL_SECONDS = 5.0
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["attempt", *sys.argv[1:]]))
