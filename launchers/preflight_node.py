@@ -103,9 +103,8 @@ class Node:
 
     def _start_children(self) -> None:
         environment, count = self._environment, max(1, self._task.gpus)
-        job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
         hosts = slurm_utils.hostnames(environment["SLURM_STEP_NODELIST"])
-        port = environment.get("MASTER_PORT") or slurm_utils.master_port(job, step)
+        port = environment.get("MASTER_PORT") or slurm_utils.master_port(environment)
         for local in range(count):
             reading, writing = os.pipe()
             place = Place(

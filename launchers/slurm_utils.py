@@ -33,6 +33,7 @@ from titans_pretrain.errors import TitansError, UserError
 HOSTNAMES_SECONDS = 10.0
 FIRST_PORT = 10_000  # ephemeral ports, which outgoing connections hold, begin at 32768
 PORTS = 20_000
+AGAIN = 7919  # a prime: the jobs submitted next have ports beside this one's
 STEPS = 16
 _SPANS = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
 ENTRY = re.compile(rf"(?:[\w.-]|{_SPANS})+")
@@ -144,17 +145,20 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def master_port(job: int, step: int) -> int:
+def master_port(environment: Mapping[str, str]) -> int:
     """The port of rank 0: another for each step of the jobs that may share a host.
 
+    Restarts differ too: what is left of the job's last start may still hold its port.
+
     Args:
-        job: SLURM's number of the job.
-        step: number of the step in it.
+        environment: of a process of the step.
 
     Returns:
         10000 to 29999, below the ports that outgoing connections take.
     """
-    return FIRST_PORT + (job * STEPS + step) % PORTS
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    job, step, restarts = (int(environment.get(name, "0")) for name in names)
+    return FIRST_PORT + (job * STEPS + step + restarts * AGAIN) % PORTS
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> str:

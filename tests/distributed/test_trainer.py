@@ -379,7 +379,7 @@ def stop_in_a_validation(settings):
     def asked(**place):
         for batch in batches(**place):
             taken.append(1)
-            trainer._stop.name = "SIGTERM" if devices.rank() == 1 else None
+            trainer._stopping._request.name = "SIGTERM" if devices.rank() == 1 else None
             yield batch
 
     trainer._data.loader.validation_batches = asked

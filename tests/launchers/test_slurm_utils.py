@@ -116,15 +116,27 @@ class TestTasks:
             slurm_utils.tasks_per_node(text)
 
 
+def port(job, step, restarts=0):
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return slurm_utils.master_port(dict(zip(names, map(str, (job, step, restarts)), strict=True)))
+
+
 class TestPort:
     def test_it_lies_below_the_ports_of_outgoing_connections(self):
-        ports = [slurm_utils.master_port(job, step) for job in range(5000) for step in (0, 15)]
+        ports = [port(job, step) for job in range(5000) for step in (0, 15)]
         assert min(ports) >= 10_000
         assert max(ports) < 30_000
 
     def test_jobs_and_steps_side_by_side_differ(self):
         pairs = [(job, step) for job in range(4711, 4811) for step in range(16)]
-        assert len({slurm_utils.master_port(*pair) for pair in pairs}) == len(pairs)
+        assert len({port(*pair) for pair in pairs}) == len(pairs)
+
+    def test_a_requeued_job_does_not_meet_what_is_left_of_its_last_start(self):
+        assert len({port(4711, 0, restarts) for restarts in range(1000)}) == 1000
+
+    def test_a_job_that_was_never_requeued_has_no_count(self):
+        names = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "1"}
+        assert slurm_utils.master_port(names) == port(4711, 1)
 
 
 BATCH = {

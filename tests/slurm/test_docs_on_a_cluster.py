@@ -14,7 +14,6 @@ from slurm_commands import until
 from launchers import submitted
 from titans_pretrain import cli
 
-pytestmark = pytest.mark.xdist_group("slurm")
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("river", "learns", "at", "test", "time", "small", "waves", "of", "surprise", "pass")
 

@@ -116,7 +116,6 @@ def given_ranks(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     counts = slurm_utils.tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     node = int(environment["SLURM_NODEID"])
-    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
@@ -124,7 +123,7 @@ def given_ranks(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(counts[node]),
         "MASTER_ADDR": environment.get("MASTER_ADDR")
         or slurm_utils.hostnames(environment["SLURM_STEP_NODELIST"])[0],
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(slurm_utils.master_port(job, step)),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(slurm_utils.master_port(environment)),
     }
 
 
