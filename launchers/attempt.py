@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launchers import judge, opening
 from launchers.asked import AskedToStop
+from launchers.job_end import JobEnd
 from launchers.job_log import say
 from launchers.supervisor import Supervisor
 from titans_pretrain import config as run_config
@@ -37,10 +38,10 @@ def run(config_path: Path, asked: AskedToStop) -> int:
         return errors.STOPPED
     before = opening.close_open(directory, allocation, config.train.steps)
     opening.refuse_fruitless(before, allocation, config)
-    limit = opening.time_limit(allocation)
+    job_end = JobEnd(allocation.job)
     attempt = opening.claim(directory, allocation, before)
     supervisor = Supervisor(
-        config, config_path.resolve(), directory, allocation, attempt, limit, asked
+        config, config_path.resolve(), directory, allocation, attempt, job_end, asked
     )
     outcome = supervisor.outcome()
     current = supervisor.current()

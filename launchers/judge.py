@@ -25,8 +25,9 @@ class Situation:
         number: of the attempt.
         step_from: it went on from.
         steps: of the whole run.
-        asked: why a stop was asked for, if a signal asked.
+        asked: who it is that asks for a stop, where a signal does.
         nodes: of the job.
+        signalled: whether one came to the batch process, or SLURM preempts the job.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Situation:
     steps: int
     asked: Asked
     nodes: Sequence[str]
+    signalled: bool = False
 
 
 def saved_step(run: RunDirectory) -> int:
@@ -69,7 +71,7 @@ def save_seconds(run: RunDirectory, step_from: int) -> float | None:
 
 
 def asked_by(now: float, end: float | None, signal_seconds: float) -> Asked:
-    """Who asked, where a signal did: the time limit if that is near, else SLURM before it."""
+    """Who asks, where a signal does: the time limit if that is near, else SLURM before it."""
     near = signal_seconds + LATE_SIGNAL_SECONDS
     return "limit" if end is not None and end - now <= near else "preempted"
 
@@ -118,7 +120,8 @@ def outcome(run: RunDirectory, situation: Situation, step: StepEnd) -> Outcome:
         return Outcome("done", f"all {situation.steps} steps are done", progress=progress)
     if f" {errors.USER_ERROR}" in (f" {step.code}", step.told[-2:]):
         return Outcome("refused", step.error or "the ranks refused to start: see their log")
-    return Outcome("failed", _unexplained(step), situation.asked, progress, tuple(step.suspects))
+    asked = situation.asked if situation.signalled else ""
+    return Outcome("failed", _unexplained(step), asked, progress, tuple(step.suspects))
 
 
 def _failed(error: dict[str, Any], step: StepEnd, situation: Situation, progress: bool) -> Outcome:

@@ -123,16 +123,6 @@ def claim(directory: RunDirectory, allocation: Allocation, before: Sequence[Atte
     return attempt
 
 
-def time_limit(allocation: Allocation) -> float | None:
-    """Unix time at which SLURM ends the job; None if it has no limit.
-
-    Raises:
-        SlurmError: SLURM does not answer.
-    """
-    job = slurm_utils.job(allocation.job)
-    return None if job is None else job.end_time
-
-
 def consume_stop(directory: RunDirectory) -> bool:
     """Whether the user's file `stop` was there, and is gone now."""
     try:

@@ -22,11 +22,17 @@ def is_current(run: Path, number: int, allocation: Allocation) -> slurm_utils.Jo
     Raises:
         SlurmError: SLURM does not answer.
     """
-    newest = max((attempt.number for attempt in history.attempts(run)), default=0)
+    if not is_newest(run, number):
+        return None
     job = slurm_utils.job(allocation.job)
-    if newest != number or job is None or job.state == "PENDING":
+    if job is None or job.state == "PENDING":
         return None
     return job if job.restarts == allocation.restarts else None
+
+
+def is_newest(run: Path, number: int) -> bool:
+    """Whether no other attempt of the run has begun since this one."""
+    return max((attempt.number for attempt in history.attempts(run)), default=0) == number
 
 
 def script(run: Path) -> Path | None:

@@ -5,6 +5,7 @@ none ever began, or that the step does not end although its ranks have.
 """
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ POLL_SECONDS = 0.5
 SILENT_SECONDS = 120.0
 ENDING_SECONDS = 120.0
 KILL_SECONDS = 30.0
+FROZEN_SECONDS = 5.0  # between two looks: this host stood still meanwhile
 SLOWER = 10
 _KILLED = re.compile(
     rb"srun: error: (?P<node>[^\s:]+): tasks? [\d,-]+: "
@@ -36,11 +38,11 @@ class Limits:
 
     Attributes:
         start: seconds until the first sign of life.
-        until: unix time by which it must have ended by itself; None without a time limit.
+        is_over: whether it must have ended by itself, as the time limit is near.
     """
 
     start: float
-    until: float | None = None
+    is_over: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Step:
         beats: the signs of life of this attempt's ranks, by rank.
         ended: whether the ranks have told how they ended.
         asked: signals that reached this process.
+        is_ours: whether the job still makes this attempt; else its step is another start's.
         forward: tells the ranks of a signal by its name.
         limits: when it is ended from outside.
         save_evidence: keeps what tells why, before it is ended from outside.
@@ -86,12 +89,14 @@ class Step:
         beats: Callable[[], Mapping[int, Mapping[str, Any]]],
         ended: Callable[[], bool],
         asked: AskedToStop,
+        is_ours: Callable[[], bool],
         forward: Callable[["subprocess.Popen[bytes]", str], None],
         limits: Limits,
         save_evidence: Callable[[str], None],
     ) -> None:
         self._command, self._environment = command, environment
         self._beats, self._ended, self._asked = beats, ended, asked
+        self._is_ours, self._late = is_ours, False
         self._forward, self._limits, self._save_evidence = forward, limits, save_evidence
         self._silence = Silence()
         self._ending = 0.0
@@ -100,35 +105,56 @@ class Step:
     def run(self) -> StepEnd:
         """Start the ranks and wait for them."""
         process = subprocess.Popen(
-            self._command, env=dict(self._environment), stderr=subprocess.PIPE
+            self._command,
+            env=dict(self._environment),
+            stderr=subprocess.PIPE,
+            process_group=0,
         )
         assert process.stderr is not None
         complaints = Complaints(process.stderr)
-        why, forwarded, last = "", 0, time.monotonic()
-        while process.poll() is None:
-            for name in self._asked.names[forwarded:]:
-                forwarded += 1
-                self._forward(process, name)
-            now = time.monotonic()
-            why = self._look(min(now - last, 3 * POLL_SECONDS))  # one that was frozen did not wait
-            last = now
-            if why:
-                if not self._is_late():
-                    self._save_evidence(why)
-                _kill(process)
-                break
-            time.sleep(POLL_SECONDS)
+        why = self._watch(process)
         complaints.join()
-        suspects = self._silent_nodes(why) if why else complaints.nodes  # not by this kill
-        late = bool(why) and self._is_late()
+        suspects = self._silent_nodes() if why else complaints.nodes  # not by this kill
         return StepEnd(
             process.wait(),
             why,
-            late,
+            self._late,
             complaints.first,
             complaints.error,
             tuple(dict.fromkeys(suspects)),
         )
+
+    def _watch(self, process: "subprocess.Popen[bytes]") -> str:
+        """Until the step ends; why it was ended from outside, if it was."""
+        told, last = 0, time.monotonic()
+        while process.poll() is None:
+            now = time.monotonic()
+            waited, last = now - last, now
+            names = self._asked.names[told:]
+            why = self._look(min(waited, 3 * POLL_SECONDS))  # one that was frozen did not wait
+            if (names or why or waited > FROZEN_SECONDS) and not self._keeps(process):
+                return "another start of the job has the run"
+            for name in names:
+                self._forward(process, name)
+            told += len(names)
+            if why:
+                if not self._late:
+                    self._save_evidence(why)
+                _kill(process)
+                return why
+            time.sleep(POLL_SECONDS)
+        return ""
+
+    def _keeps(self, process: "subprocess.Popen[bytes]") -> bool:
+        """Whether the step is this attempt's still; if not, srun is gone afterwards.
+
+        A later start's step has the same number, and srun or its helper would end that one for
+        its own: both stand still until that is known, and die at once.
+        """
+        os.killpg(process.pid, signal.SIGSTOP)
+        ours = self._is_ours()
+        os.killpg(process.pid, signal.SIGCONT if ours else signal.SIGKILL)
+        return ours
 
     def _look(self, elapsed: float) -> str:
         """Why the step must be ended from outside; empty while it need not."""
@@ -136,7 +162,8 @@ class Step:
         self._silence.add(beats, elapsed)
         self._since_start += elapsed
         self._ending = self._ending + elapsed if self._ended() else 0.0
-        if self._is_late():
+        self._late = self._limits.is_over()
+        if self._late:
             return "the ranks did not stop before the time limit"
         if self._ending > ENDING_SECONDS:
             return f"the step goes on {self._ending:.0f} s after its ranks told their end"
@@ -148,12 +175,9 @@ class Step:
             return f"no rank gave a sign of life for {self._silence.seconds:.0f} s"
         return ""
 
-    def _is_late(self) -> bool:
-        return self._limits.until is not None and time.time() >= self._limits.until
-
-    def _silent_nodes(self, why: str) -> list[str]:
+    def _silent_nodes(self) -> list[str]:
         """Of a step that was ended: the nodes that fell silent before others did."""
-        return self._silence.nodes() if why and not self._is_late() else []
+        return [] if self._late else self._silence.nodes()
 
 
 class Silence:

@@ -28,7 +28,9 @@ from launchers import (
 from launchers import job as jobs
 from launchers.asked import AskedToStop
 from launchers.history import Attempt
+from launchers.job_end import JobEnd
 from launchers.job_log import say
+from launchers.job_step import interpreter
 from launchers.policy import Asked, Decision, Outcome
 from launchers.slurm_utils import Allocation, SlurmError
 from launchers.steps import Limits, Step, StepEnd, rank_environment
@@ -52,7 +54,7 @@ class Supervisor:
         directory: the run's.
         allocation: the job's nodes.
         attempt: this one.
-        limit: unix time of the job's time limit; None if it has none.
+        job_end: what SLURM says of the job's end.
         asked: signals that reached this process.
     """
 
@@ -61,7 +63,7 @@ class Supervisor:
     directory: RunDirectory
     allocation: Allocation
     attempt: Attempt
-    limit: float | None
+    job_end: JobEnd
     asked: AskedToStop
 
     def outcome(self) -> Outcome:
@@ -97,7 +99,7 @@ class Supervisor:
                 known = nodes.states(self.allocation.partition)
                 spare = nodes.spare(known, job.nodes, job.exclude)
         decision = policy.decide(outcome, before, job, current=self.allocation.job, spare=spare)
-        over = self.limit is not None and time.time() >= self.limit  # of a job that ended so
+        over = self.job_end.is_within(0.0)  # of a job that ended so
         if decision.action in ("requeue", "resubmit") and current.state != "RUNNING" and not over:
             told = f"SLURM is ending the job itself; {decision.reason}"
             return Decision("end", errors.STOPPED, told)
@@ -160,18 +162,17 @@ class Supervisor:
     def _train(self) -> StepEnd:
         """Start the ranks and wait for their end."""
         job, number = self.config.job, self.attempt.number
-        command = [job.python or sys.executable, "-P", "-m", "titans_pretrain.cli"]
+        command = [interpreter(job, in_step=True), "-P", "-m", "titans_pretrain.cli"]
         command += ["train", str(self.config_path), *staging.overrides(self.config)]
         command += ["--ranks", str(job.ranks), "--resume"]
         environment = rank_environment(
             os.environ,
             job.environment,
             attempt=number,
-            end=self.limit,
+            end=self.job_end.limit(),
             preempt_seconds=self._preempt_seconds(),
             cpus_per_rank=job.cpus_per_rank,
         )
-        until = None if self.limit is None else self.limit - END_MARGIN_SECONDS
         place = history.evidence(self.directory.path, number)
         return Step(
             jobs.step_command(job, command, nodes=job.nodes, tasks_per_node=job.ranks_per_node),
@@ -179,8 +180,9 @@ class Supervisor:
             beats=self._beats,
             ended=self._has_told,
             asked=self.asked,
+            is_ours=self._is_ours,
             forward=self._forward,
-            limits=Limits(job.start_seconds, until),
+            limits=Limits(job.start_seconds, lambda: self.job_end.is_within(END_MARGIN_SECONDS)),
             save_evidence=lambda why: self._save_evidence(place, why),
         ).run()
 
@@ -194,6 +196,7 @@ class Supervisor:
             self.config.train.steps,
             self._who_asked(),
             self.allocation.nodes,
+            signalled=bool(self.asked) or self.job_end.is_preempted(),
         )
         suspects = judge.named([*step.suspects, *lost], self.allocation.nodes)
         return judge.outcome(self.directory, situation, replace(step, suspects=suspects))
@@ -218,17 +221,23 @@ class Supervisor:
         say(f"{name} received ({kind}): the ranks are asked to stop")
         if kind == "preempted":
             with contextlib.suppress(SlurmError):
-                if self.current() is not None:  # else the signal would reach the next start's ranks
-                    slurm_utils.cancel(self.allocation.job, signal="TERM")
-                    return
+                slurm_utils.cancel(self.allocation.job, signal="TERM")
+                return
         process.send_signal(signal.SIGUSR1)
 
     def _save_evidence(self, place: Path, why: str) -> None:
         say(f"the step is ended: {why}; evidence: {place}")
         evidence.save(self.directory, self.allocation, place, why)
 
+    def _is_ours(self) -> bool:
+        """Whether this attempt is the run's still; the records tell where SLURM does not."""
+        try:
+            return self.current() is not None
+        except SlurmError:
+            return resubmit.is_newest(self.directory.path, self.attempt.number)
+
     def _who_asked(self) -> Asked:
-        return judge.asked_by(time.time(), self.limit, self.config.job.signal_seconds)
+        return judge.asked_by(time.time(), self.job_end.limit(), self.config.job.signal_seconds)
 
     def _preempt_seconds(self) -> float | None:
         job = self.config.job

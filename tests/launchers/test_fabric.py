@@ -32,7 +32,7 @@ def start(place):
 
 
 def place(node, nodes, **changes):
-    values = {"local": 0, "locals": 1, "address": "127.0.0.1", "port": 0, "seconds": 60.0}
+    values = {"local": 0, "locals": 1, "address": "127.0.0.1", "port": 0, "seconds": 200.0}
     return Place(node, nodes, **values | {"cuda": False, "pipe": 0} | changes)
 
 

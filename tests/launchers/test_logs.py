@@ -169,13 +169,13 @@ def following(run, monkeypatch, capfd):
             return self.printed
 
         def wait_for(self, text):
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while text not in self.text():
                 assert time.monotonic() < deadline, self.printed
                 time.sleep(0.01)
 
         def end(self):
-            self.thread.join(30)
+            self.thread.join(120)
             assert not self.thread.is_alive()
             return self.text()
 

@@ -193,7 +193,7 @@ def test_a_step_that_does_not_end_is_ended_and_judged(batch, hurried):
     ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     batch.srun(2, text=f"#!{sys.executable}\n{ignore}\ntime.sleep(600)\n")
     verdict = batch.check(2)
-    assert verdict.seconds < 30
+    assert verdict.seconds < 300
     assert "all 2 nodes: no answer" in verdict.problems[0].what
 
 

@@ -95,7 +95,7 @@ def test_each_gpu_has_a_process_and_each_process_its_place(node):
 
 
 def test_a_process_that_waits_is_told_of_before_the_time_is_over_and_ended(node):
-    printed = node.run(f"tell(pid=os.getpid())\n{STUCK}", seconds=6.0)
+    printed = node.run(f"tell(pid=os.getpid())\n{STUCK}", seconds=12.0)
     assert "titans-preflight n1 torch" in printed
     (process,) = node.answer["processes"]
     assert (process["phase"], process["exit"]) == ("torch", None)
@@ -132,7 +132,7 @@ def test_a_late_start_leaves_less_time_and_a_wrong_clock_never_none(node, monkey
 
 
 def test_signals_that_ask_a_job_to_save_do_not_end_the_check(node):
-    process = node.start(STUCK, seconds=6.0)
+    process = node.start(STUCK, seconds=12.0)
     assert process.stdout.readline() == "stuck\n"
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         process.send_signal(number)

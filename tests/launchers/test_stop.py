@@ -126,7 +126,7 @@ def test_waiting_ends_with_the_run_and_takes_an_unheard_trigger_away(
     monkeypatch.setattr(stop, "POLL_SECONDS", 0.01)
     thread = threading.Thread(target=lambda: stop.stop(chain.path, wait=True), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (chain.path / "stop").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -135,7 +135,7 @@ def test_waiting_ends_with_the_run_and_takes_an_unheard_trigger_away(
     time.sleep(0.1)
     assert thread.is_alive()
     slurm.jobs = [job("7", "FAILED")]
-    thread.join(30)
+    thread.join(120)
     assert not thread.is_alive()
     assert not (chain.path / "stop").exists()
     assert "ended: stopped, saved at step 50 of 100" in capsys.readouterr().out

@@ -52,11 +52,24 @@ class Run:
         manifest: of its data.
         steps: of the whole run.
         every: steps between checkpoints.
+        asynchronous: whether training goes on while a checkpoint is written.
+        hang_seconds: that a step may take.
         job: keys of the section ``job``.
     """
 
-    def __init__(self, cluster: Cluster, path: Path, manifest: Path, *, steps, every, **job):
-        self.cluster, self.path, self.steps, self.every = cluster, path, steps, every
+    def __init__(
+        self,
+        cluster: Cluster,
+        path: Path,
+        manifest: Path,
+        *,
+        steps: int,
+        every: int,
+        asynchronous: bool = True,
+        hang_seconds: float = 20,
+        **job: object,
+    ) -> None:
+        self.cluster, self.path, self.steps = cluster, path, steps
         self._pace = path.with_suffix(".pace")
         self.pace(0)
         search = os.pathsep.join(filter(None, [str(HERE / "pace"), os.environ.get("PYTHONPATH")]))
@@ -71,15 +84,15 @@ class Run:
                 "warmup_steps": 2,
                 "precision": "fp32",
             },
-            "checkpoint": {"every": every},
-            "run": {"directory": str(path), "hang_seconds": 20},
+            "checkpoint": {"every": every, "asynchronous": asynchronous},
+            "run": {"directory": str(path), "hang_seconds": hang_seconds},
             "job": {"preflight": False, "environment": environment, "time": "30"} | job,
         }
         self.config = path.with_suffix(".yaml")
         self.config.write_text(yaml.safe_dump(tree))
 
     def pace(self, seconds):
-        """Make every step last so much longer from now on."""
+        """Make every step last so much longer from now on, the one under way included."""
         temporary = self._pace.with_suffix(".new")
         temporary.write_text(str(seconds))
         temporary.replace(self._pace)

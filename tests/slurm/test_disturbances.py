@@ -1,6 +1,9 @@
 """A run that the cluster disturbs again and again ends with the bits of one left alone."""
 
 import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +12,10 @@ from slurm_cluster import Cluster, until
 from slurm_daemons import send, tasks
 
 EVERY = 5
-MOST_LOST = EVERY + 1  # training goes on while a checkpoint is written
 PACE = 0.5
-STEPS = 250
 USER_SIGNAL = "SlurmctldParameters=preempt_send_user_signal"
+
+Disturbance = Callable[[Run, Cluster], None]
 
 
 def preemption(run: Run, slurm: Cluster) -> None:
@@ -96,26 +99,26 @@ def frozen_node_that_thaws(run: Run, slurm: Cluster) -> None:
     until(lambda: not tasks(slurm.conf, node), 120, "the late processes to end")
 
 
-DISTURBANCES = [
-    (preemption, "stopped"),
-    (requeue, "stopped"),
-    (told_crash, "failed killed"),
-    (controller_restart, ""),
-    (frozen_rank, "hang"),
-    (preemption_by_user_signal, "stopped"),
-    (frozen_node_that_thaws, "killed"),
-    (time_limit, "stopped"),
-    (killed_rank, "failed"),
-    (untold_crash, "failed killed"),
-    (signal_to_one_rank, "stopped"),
-]
-"""What happens, and how the attempt may end that it happens to; the controller ends none."""
+EXPECTED: dict[Disturbance, str] = {
+    preemption: "stopped",
+    requeue: "stopped",
+    told_crash: "failed killed",
+    controller_restart: "",
+    frozen_rank: "hang",
+    preemption_by_user_signal: "stopped",
+    frozen_node_that_thaws: "killed",
+    time_limit: "stopped",
+    killed_rank: "failed",
+    untold_crash: "failed killed",
+    signal_to_one_rank: "stopped",
+}
+"""How the attempt may end that a disturbance happens to; the controller's restart ends none."""
 
 
 def moves(run: Run) -> None:
     """Waits until the newest attempt has saved a checkpoint of its own and gone beyond it."""
     number = len(run.attempts)
-    goal = run.attempts[-1].step_from + EVERY + 1 if number else EVERY + 1
+    goal = run.attempts[-1].step_from + EVERY + 1
     until(lambda: run.step >= goal, 240, f"step {goal} of attempt {number}")
 
 
@@ -124,43 +127,71 @@ def begins(run: Run, number: int) -> None:
     until(lambda: len(run.attempts) >= number, 240, f"attempt {number}")
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_disturbed_run_ends_with_the_bits_of_one_left_alone(slurm, tmp_path):
-    manifest = prepare(tmp_path)
-    runs = [
-        Run(slurm, tmp_path / name, manifest, steps=STEPS, every=EVERY, nodes=2, partition="low",
-            signal_seconds=30)
-        for name in ("straight", "broken")
-    ]  # fmt: skip
-    straight, broken = runs
-    straight.submit()
-    straight.finish()
-    assert len(straight.attempts) == 1
+def disturbed(run: Run, slurm: Cluster, disturb: Disturbance, most_lost: int) -> str:
+    """Disturbs a run that has saved something; what that cost, in a line."""
+    run.pace(PACE)
+    moves(run)
+    number, begun = len(run.attempts), time.monotonic()
+    disturb(run, slurm)
+    if not EXPECTED[disturb]:
+        assert len(run.attempts) == number
+        return f"{disturb.__name__}: the attempt goes on"
+    begins(run, number + 1)
+    ended = run.attempts[number - 1]
+    assert ended.verdict in EXPECTED[disturb].split(), ended.line()
+    assert ended.lost_steps <= most_lost, ended.line()
+    after = f"the next attempt began within {time.monotonic() - begun:.0f} s"
+    return f"{disturb.__name__}: {ended.verdict}, {ended.lost_steps} steps lost, {after}"
 
+
+def compare(
+    slurm: Cluster,
+    place: Path,
+    disturbances: Sequence[Disturbance],
+    *,
+    steps: int,
+    most_lost: int,
+    **settings: object,
+) -> None:
+    """Trains one run in peace and one with disturbances, and compares all that they leave."""
+    manifest = prepare(place)
+    shared = {"steps": steps, "every": EVERY, "nodes": 2, "partition": "low", "signal_seconds": 30}
+    straight = Run(slurm, place / "straight", manifest, **shared | settings)
+    broken = Run(slurm, place / "broken", manifest, **shared | settings)
+    straight.submit()
     broken.pace(PACE)
     broken.submit()
     begins(broken, 1)
-    for disturb, verdicts in DISTURBANCES:
-        broken.pace(PACE)
-        moves(broken)
-        number, step = len(broken.attempts), broken.step
-        print(f"step {step}, attempt {number}: {disturb.__name__}", flush=True)
-        disturb(broken, slurm)
-        if verdicts:
-            begins(broken, number + 1)
-            ended, after = broken.attempts[number - 1 : number + 1]
-            print(f"  {ended.line()}", flush=True)
-            assert ended.verdict in verdicts.split()
-            assert step - after.step_from <= MOST_LOST
+    for disturb in disturbances:
+        print(f"step {broken.step}: {disturb.__name__}", flush=True)
+        print(disturbed(broken, slurm, disturb, most_lost), flush=True)
     broken.pace(0)
-    broken.finish()
-
-    for attempt in broken.attempts:
-        print(attempt.line())
-        assert attempt.lost_steps <= MOST_LOST
+    for run in (straight, broken):
+        run.finish()
+    assert len(straight.attempts) == 1
+    assert len(broken.attempts) == 1 + sum(bool(EXPECTED[disturb]) for disturb in disturbances)
     assert broken.rows() == straight.rows()
-    assert [row["step"] for row in straight.rows()][-1] == STEPS
+    assert [row["step"] for row in straight.rows()][-1] == steps
     expected, found = straight.tensors(), broken.tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_preempted_run_that_loses_a_node_ends_with_the_bits_of_one_left_alone(slurm, tmp_path):
+    most_lost = 2 * EVERY  # a save that goes on beside the training is whole before the next one
+    compare(slurm, tmp_path, [preemption, told_crash], steps=40, most_lost=most_lost)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_disturbance_costs_the_steps_since_the_last_save_at_most(slurm, tmp_path):
+    settings = {"asynchronous": False}  # so that the last save is whole when training goes on
+    compare(slurm, tmp_path, list(EXPECTED), steps=200, most_lost=EVERY, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_nodes_of_several_ranks_end_with_the_same_bits(slurm, tmp_path):
+    disturbances = [told_crash, frozen_rank, preemption_by_user_signal]
+    settings = {"ranks_per_node": 2}
+    compare(slurm, tmp_path, disturbances, steps=60, most_lost=2 * EVERY, **settings)

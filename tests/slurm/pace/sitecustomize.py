@@ -12,10 +12,12 @@ if "train" in sys.orig_argv and "TITANS_PACE" in os.environ:
     from titans_pretrain.train.trainer import Trainer
 
     step = Trainer._train_step
+    pace = Path(os.environ["TITANS_PACE"])
 
     def paced(self, *arguments):
-        done = step(self, *arguments)
-        time.sleep(float(Path(os.environ["TITANS_PACE"]).read_text()))
+        done, begun = step(self, *arguments), time.monotonic()
+        while time.monotonic() - begun < float(pace.read_text()):
+            time.sleep(0.05)
         return done
 
     Trainer._train_step = paced
