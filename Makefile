@@ -1,4 +1,5 @@
-# `make demo` and `make test` set up what they need; nothing outside this directory is touched.
+# `make demo` and `make test` set up what they need in this directory. Only as root, with SLURM
+# installed, do tests write elsewhere: /tmp/titans-slurm-* and lines of /etc/hosts, gone at the end.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready

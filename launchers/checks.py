@@ -4,12 +4,13 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from launchers import slurm_refusals, slurm_utils
+from launchers import job_text, slurm_refusals, slurm_utils
 from titans_pretrain.config import RunConfig
 from titans_pretrain.config_job import JobSection
 from titans_pretrain.errors import TitansError, UserError
@@ -191,6 +192,25 @@ def _grace(config: RunConfig, run: Path) -> None:
         )
 
 
+def doubt(config: RunConfig, run: Path, rate: float) -> str:
+    """What ``of_run`` would refuse if checkpoints were always written at a rate measured once.
+
+    Args:
+        config: the run, with no configured rate.
+        run: its directory.
+        rate: measured, in bytes a second.
+
+    Returns:
+        The complaint with its fix; empty where there is none.
+    """
+    job = config.job.model_copy(update={"storage_bytes_per_second": rate})
+    try:
+        _grace(config.model_copy(update={"job": job}), run)
+    except UserError as error:
+        return f"{error.what}; {error.fix}"
+    return ""
+
+
 def _step_seconds(run: Path) -> float:
     """The slowest of the last steps in ``metrics.jsonl``; 0 where there is none."""
     try:
@@ -212,38 +232,42 @@ def has_modules() -> bool:
 
 
 def modules(job: JobSection) -> None:
-    """Ask for each module here, if this host has the command; the nodes answer for themselves.
+    """Load the modules here as a job does, if this host has the command.
+
+    The nodes answer for themselves.
 
     Raises:
-        UserError: one is not there.
+        UserError: one cannot be loaded after those before it.
     """
     if not job.modules or not has_modules():
         return
-    for name in job.modules:
-        if _shell('module is-avail "$1"', name):
-            raise UserError(
-                f"job.modules: no module {name!r}",
-                where="job.modules",
-                fix=f"module avail {name.partition('/')[0]} lists what there is",
-            )
+    words = {"MODULES": " ".join(job.modules)}
+    if said := _shell(f"{job_text.module_functions()}\nload_modules", words):
+        fix = "see module avail and, where modules come in a hierarchy, module spider"
+        raise UserError(f"job.modules: {said}", where="job.modules", fix=fix)
 
 
-def _shell(command: str, *words: str) -> int:
-    """The exit code of a command in a login shell, which is where ``module`` is made."""
+def _shell(command: str, environment: Mapping[str, str] | None = None) -> str:
+    """What a login shell, which is where ``module`` is made, says of a failure; "" of none."""
     try:
-        return subprocess.run(
-            ["bash", "-lc", command, "bash", *words],  # noqa: S607 - the user's
+        done = subprocess.run(
+            ["bash", "-lc", command],  # noqa: S607 - the user's
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=MODULE_SECONDS,
             check=False,
-        ).returncode
+            env={**os.environ, **(environment or {})},
+        )
     except subprocess.TimeoutExpired:
         raise TitansError(
-            f"`{command}` did not answer in {MODULE_SECONDS} s",
+            f"a login shell did not load modules in {MODULE_SECONDS} s",
             where="login shell",
             fix="see what your shell's start files wait for",
         ) from None
+    if not done.returncode:
+        return ""
+    told = re.findall(r"^error: (.+)$", done.stderr.decode(errors="replace"), re.MULTILINE)
+    return str(told[-1]) if told else f"exit code {done.returncode}"
 
 
 def _programs(job: JobSection) -> None:

@@ -1,5 +1,6 @@
 """``titans doctor``: whether this login node and its cluster are fit for a run. No torch here."""
 
+import itertools
 import json
 import netrc
 import os
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -171,11 +172,17 @@ def _profile(
     if not names:
         fix = f"set job.partition to one of {', '.join(partitions)}"
         yield Finding("fail", "job.partition: none given, and the site has no default", fix)
+    found = {
+        name: list(_fits(job, name, partitions[name], gpus.get(name, {})))
+        for name in names
+        if name in partitions
+    }
     for name in names:
         if name not in partitions:
             yield Finding("fail", f"job.partition: no {name!r}", errors.nearest(name, partitions))
-            continue
-        yield from _fits(job, name, partitions[name], gpus.get(name, {}))
+    one_will_do = any(all(one.level != "fail" for one in told) for told in found.values())
+    for one in itertools.chain(*found.values()):
+        yield replace(one, level="warn") if one_will_do and one.level == "fail" else one
 
 
 def _fits(
@@ -186,7 +193,11 @@ def _fits(
     before = []
     if longest not in ("", "UNLIMITED") and job.minutes > minutes(longest):
         told = f"job.time: {job.time} exceeds {longest} of {name}"
-        before.append(Finding("fail", told, f"use job.time={longest} or less"))
+        if job.qos:
+            fix = f"see whether qos {job.qos} allows more: sacctmgr show qos {job.qos}"
+            before.append(Finding("warn", told, fix))
+        else:
+            before.append(Finding("fail", told, f"use job.time={longest} or less"))
     if nodes.isdigit() and job.nodes > int(nodes):
         told = f"job.nodes: {job.nodes}, {name} has {nodes}"
         before.append(Finding("fail", told, f"use job.nodes={nodes} or fewer"))
@@ -265,7 +276,7 @@ def _no_modules(job: JobSection) -> Iterator[Finding]:
 def _asked_of(config: RunConfig) -> Iterator[Finding]:
     """What ``titans submit`` refuses."""
     run = Path(config.run.directory)
-    looks: list[tuple[str, Callable[[], None]]] = [
+    looks: list[tuple[str, Callable[[], list[str] | None]]] = [
         ("mesh and time: fit", lambda: checks.of_config(config)),
         ("room and grace: enough for a checkpoint", lambda: checks.of_run(config, run)),
         ("modules, interpreter, image: there", lambda: checks.of_host(config.job)),
@@ -282,10 +293,10 @@ def _asked_of(config: RunConfig) -> Iterator[Finding]:
         yield Finding("warn", sentence)
 
 
-def _tried(what: str, look: Callable[[], None]) -> Iterator[Finding]:
+def _tried(what: str, look: Callable[[], list[str] | None]) -> Iterator[Finding]:
     try:
-        look()
-        yield Finding("ok", what)
+        told = look() or []
+        yield from [Finding("warn", sentence) for sentence in told] or [Finding("ok", what)]
     except TitansError as error:
         yield Finding("fail", error.what, error.fix)
 

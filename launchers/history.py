@@ -29,6 +29,8 @@ class Attempt:
         host: where the batch script ran.
         nodes: of the job.
         begun: unix time, seconds.
+        name: of the job; empty where it was not told.
+        log: what the batch script writes to; empty where it is no file.
         step_from: optimizer step of the checkpoint it went on from.
         ended: unix time; None while it is open.
         step_to: step of the newest checkpoint at its end.
@@ -48,6 +50,8 @@ class Attempt:
     host: str
     nodes: tuple[str, ...]
     begun: float
+    name: str = ""
+    log: str = ""
     step_from: int = 0
     ended: float | None = None
     step_to: int | None = None

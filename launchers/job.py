@@ -1,6 +1,7 @@
 """The jobs of a run: what training, each stage and a sweep ask of SLURM. No torch."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from titans_pretrain.config_job import StageName, StageSection
 from titans_pretrain.errors import UserError
 
 LONGEST_NAME = 48
+OURS = "titans"
+SWEEP = "sweep"
+STAGE_TIME = "1:00:00"
 
 
 def training_spec(
@@ -63,7 +67,7 @@ def sweep_spec(
         at_once: of them, at the same time; 0 sets no bound.
     """
     return JobSpec(
-        name=job_name(config, directory, "sweep"),
+        name=job_name(config, directory, SWEEP),
         body="sweep",
         output=_log(directory, "slurm-%A_%a.log"),
         variables={"SWEEP": str(sweep_path), **_python(config, in_step=False)},
@@ -92,7 +96,7 @@ def stage_spec(
     Raises:
         UserError: the configuration has not what the stage works on.
     """
-    job, asked = config.job, config.pipeline.stages.get(stage, StageSection())
+    job, asked = config.job, stage_section(stage, config)
     body, variables, arguments = _work(stage, config, directory)
     tasks = config.pipeline.data.tasks if stage == "prepare" and config.pipeline.data else 0
     at_once = config.pipeline.data.at_once if config.pipeline.data else 0
@@ -104,11 +108,11 @@ def stage_spec(
         variables={**variables, **_python(config, in_step=True)},
         arguments=arguments,
         section=f"pipeline.stages.{stage}",
-        cpus_per_task=asked.cpus,
-        gpus_per_node=asked.gpus,
+        cpus_per_task=asked.cpus or 1,
+        gpus_per_node=asked.gpus or 0,
         gpu_type=job.gpu_type if asked.gpus and not elsewhere else "",
         memory=asked.memory,
-        time=asked.time,
+        time=asked.time or STAGE_TIME,
         partition=asked.partition or job.partition,
         account=job.account,
         qos="" if elsewhere else job.qos,
@@ -119,16 +123,49 @@ def stage_spec(
         dependency=dependency,
         modules=tuple(job.modules),
         environment=dict(job.environment),
-        launcher=stage_launcher(job, gpu=asked.gpus > 0),
+        launcher=stage_launcher(job, gpu=bool(asked.gpus)),
     )
+
+
+def stage_section(stage: StageName, config: RunConfig) -> StageSection:
+    """What a stage asks for: as given, else what training has for those that load its model."""
+    job, asked = config.job, config.pipeline.stages.get(stage, StageSection())
+    if stage not in ("export", "eval"):
+        return asked
+    gpus = 1 if stage == "eval" and job.gpus_per_node and not asked.partition else 0
+    own = {
+        "time": asked.time or job.time,
+        "cpus": asked.cpus or job.cpus_per_rank,
+        "memory": asked.memory or job.memory_per_node,
+        "gpus": gpus if asked.gpus is None else asked.gpus,
+    }
+    return asked.model_copy(update=own)
 
 
 def job_name(config: RunConfig, directory: Path, stage: str = "") -> str:
     """The name of a run's job: the same for the same run, whoever submits it, and for no other."""
-    place = directory.absolute()
+    place = _place(directory)
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", config.run.name or place.name).strip("-.")
-    digest = hashlib.sha256(str(place).encode()).hexdigest()[:8]
-    return "-".join(filter(None, ("titans", name[:LONGEST_NAME], digest, stage)))
+    return "-".join(filter(None, (OURS, name[:LONGEST_NAME], _digest(place), stage)))
+
+
+def is_name_of(name: str, directory: Path) -> bool:
+    """Whether a job's name is one that the run of a directory has, alone or in a sweep.
+
+    Whatever the run's own name is: another one may have been given since.
+    """
+    place = _place(directory)
+    own, of_sweep = _digest(place), _digest(place.parent)
+    return bool(re.fullmatch(rf"{OURS}-(.*-)?({own}(-[a-z]+)?|{of_sweep}-{SWEEP})", name))
+
+
+def _place(directory: Path) -> Path:
+    """The directory without symbolic links: a run has one name by whatever path it is reached."""
+    return Path(os.path.realpath(directory))
+
+
+def _digest(place: Path) -> str:
+    return hashlib.sha256(str(place).encode()).hexdigest()[:8]
 
 
 def _training(config: RunConfig, exclude: Sequence[str]) -> dict[str, Any]:

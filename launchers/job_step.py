@@ -1,7 +1,7 @@
 """The srun line of a step, and the words that run a command in a container. No torch."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from launchers.job_text import gpus
 from titans_pretrain.config_job import ContainerSection, JobSection
@@ -15,6 +15,27 @@ OURS = (
     "OMP_NUM_THREADS",
     "PYTHONFAULTHANDLER",
 )
+
+OTHERS = frozenset(
+    {
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+)
+
+
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """A batch script's environment without the ranks and meeting point of another start.
+
+    A job inherits the environment of the shell that submits, which may be in a step or have been
+    told of one by hand.
+    """
+    return {name: value for name, value in environment.items() if name not in OTHERS}
 
 
 def step_command(

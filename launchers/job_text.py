@@ -24,17 +24,29 @@ GIVEN_BY_SLURM = re.compile(
     r"(SLURM|SBATCH|SRUN)_\w+|(LOCAL_|GROUP_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_PORT|"
     r"TITANS_(ATTEMPT|JOB_END|PREEMPT_SECONDS)"
 )
+WHERE = {"job-name": "run.name", "output": "run.directory", "exclude": "job.exclude"}
 NEVER = frozenset(
     {
         "--array",
+        "--chdir",
+        "--clusters",
         "--dependency",
+        "--error",
+        "--exclude",
         "--export-file",
+        "--gid",
         "--help",
+        "--input",
+        "--nodefile",
+        "--nodelist",
         "--no-requeue",
         "--ntasks",
         "--parsable",
         "--signal",
         "--test-only",
+        "--uid",
+        "--usage",
+        "--version",
         "--wait",
         "--wrap",
     }
@@ -109,7 +121,9 @@ def text(spec: JobSpec) -> str:
         UserError: a value that cannot stand in it, or an option that another key sets.
     """
     _check_environment(spec)
-    head = [_directive(name, value) for name, value in _options(spec)]
+    head = [
+        _directive(name, value, WHERE.get(name, spec.section)) for name, value in _options(spec)
+    ]
     head += _further(spec)
     return "\n".join(["#!/bin/bash", *head, "", *_exports(spec), "", body(spec.body)])
 
@@ -118,6 +132,12 @@ def body(name: str) -> str:
     """The commands of a ready file, without its header."""
     whole = (READY / f"{name}.sbatch").read_text(encoding="utf-8")
     return whole[whole.index(BODY_BEGINS) :]
+
+
+def module_functions() -> str:
+    """The functions of a ready file that load the modules in $MODULES."""
+    whole = body("pretrain")
+    return whole[whole.index("fail() {") : whole.index("\nload_modules\n")]
 
 
 def gpus(count: int, kind: str) -> str:
@@ -166,23 +186,23 @@ def _further(spec: JobSpec) -> Iterator[str]:
                 where=f"{spec.section}.options",
                 fix="write --name or --name=value, one an entry",
             )
-        if name in taken:
-            raise UserError(
-                f"{name} is set already, or cannot be in a batch script",
+        if full := next((one for one in sorted(taken) if one.startswith(name)), ""):
+            raise UserError(  # sbatch takes the beginning of a name for the whole
+                f"{name}: {full} is set already, or cannot be in a batch script",
                 where=f"{spec.section}.options",
                 fix="use the section's own key for it, or leave it out",
             )
-        yield _directive(name.removeprefix("--"), value, spec.section)
+        yield _directive(name.removeprefix("--"), value, f"{spec.section}.options")
 
 
-def _directive(name: str, value: str, section: str = "job") -> str:
+def _directive(name: str, value: str, where: str) -> str:
     """One #SBATCH line; sbatch splits it as a shell would, and # begins a comment there."""
     if not value:
         return f"#SBATCH --{name}"
     if UNQUOTABLE.search(value):
         raise UserError(
             f"--{name}={value!r} cannot stand in a batch script",
-            where=section,
+            where=where,
             fix="leave out quotes, backslashes and line ends",
         )
     return f"#SBATCH --{name}=" + (value if PLAIN.fullmatch(value) else f'"{value}"')
@@ -208,8 +228,7 @@ def _check_environment(spec: JobSpec) -> None:
 def _exports(spec: JobSpec) -> Iterator[str]:
     for name, value in (*spec.environment.items(), *spec.variables.items()):
         yield f"export {name}={shlex.quote(value)}"
-    if spec.modules:
-        yield f"export MODULES={shlex.quote(' '.join(spec.modules))}"
+    yield f"export MODULES={shlex.quote(' '.join(spec.modules))}"
     if "${launcher[@]}" in body(spec.body):
         yield f"launcher=({shlex.join(spec.launcher)})"
     if spec.arguments:

@@ -7,9 +7,11 @@ from typing import Any
 
 from launchers.history import Attempt
 from launchers.policy import Asked, Outcome
+from launchers.preflight_types import Problem
 from launchers.steps import StepEnd
 from titans_pretrain import errors
 from titans_pretrain.checkpoint import format as layout
+from titans_pretrain.errors import UserError
 from titans_pretrain.files import last_rows, read_json
 from titans_pretrain.train import outcome as outcomes
 from titans_pretrain.train.directory import RunDirectory
@@ -74,6 +76,30 @@ def asked_by(now: float, end: float | None, signal_seconds: float) -> Asked:
     """Who asks, where a signal does: the time limit if that is near, else SLURM before it."""
     near = signal_seconds + LATE_SIGNAL_SECONDS
     return "limit" if end is not None and end - now <= near else "preempted"
+
+
+def unfit(problems: Sequence[Problem], nodes: Sequence[str]) -> Outcome:
+    """What preflight's problems make of an attempt: it is tried elsewhere, or once more.
+
+    Args:
+        problems: at least one.
+        nodes: of the job.
+
+    Raises:
+        UserError: any try would find the same, on other nodes too.
+    """
+    lasting = [problem for problem in problems if not problem.passing]
+    blamed = {problem.node for problem in lasting}
+    if "" in blamed or (len(nodes) > 1 and blamed >= set(nodes)):
+        problem = min(lasting, key=lambda one: one.node)
+        raise UserError(problem.what, where=problem.node or "all nodes", fix=problem.fix)
+    found = {problem.node for problem in problems}
+    if "" in found or (len(nodes) > 1 and found >= set(nodes)):
+        found = blamed  # what all share may pass
+    if found:
+        what = next(problem.what for problem in problems if problem.node in found)
+        return Outcome("bad node", what, suspects=tuple(sorted(found)))
+    return Outcome("failed", f"all nodes: {problems[0].what}")
 
 
 def failure(run: RunDirectory, number: int) -> dict[str, Any]:

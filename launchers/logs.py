@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from launchers import history, run_state
 from launchers.history import Attempt
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.files import last_lines
 from titans_pretrain.train.directory import RunDirectory
 
@@ -54,6 +54,7 @@ def logs(
             "--follow is for the newest attempt", where="--attempt", fix="leave one of them out"
         )
     directory = RunDirectory(run)
+    sizes = _sizes(directory)
     chosen = None if attempt is None else _attempt(run, attempt)
     path = _log(directory, rank, chosen)
     if not path.is_file() and not (follow and not run_state.read([run])[0].is_over):
@@ -69,7 +70,7 @@ def logs(
         _put(last_lines(path, lines, end=size))
     if follow:
         with contextlib.suppress(KeyboardInterrupt):
-            _follow(directory, rank, _Tail(path, size))
+            _follow(directory, rank, _Tail(path, size), sizes)
     return 0
 
 
@@ -79,7 +80,7 @@ def _log(directory: RunDirectory, rank: int | None, attempt: Attempt | None) -> 
         return directory.log(rank)
     if attempt is not None:
         own = [log for log in _job_logs(directory) if _job(log) == attempt.job]
-        return own[0] if own else directory.logs / f"slurm-{attempt.job}.log"
+        return own[0] if own else Path(attempt.log or directory.logs / f"slurm-{attempt.job}.log")
     return _newest(directory) or directory.log(0)
 
 
@@ -103,13 +104,17 @@ def _newest(directory: RunDirectory) -> Path | None:
 
 
 def _job_logs(directory: RunDirectory) -> list[Path]:
-    """Logs of the jobs that train; those of a sweep lie beside its runs."""
+    """Logs of the jobs that train; of a sweep they lie beside its runs, of others anywhere."""
     rows = run_state.submitted_jobs(directory.path)
     others = {row.job for row in rows if row.stage != run_state.TRAIN}
     own = [p for p in directory.logs.glob("slurm-*.log") if run_state.base(_job(p)) not in others]
     beside = directory.path.resolve().parent / "logs"
     elements = [beside / f"slurm-{row.job}.log" for row in rows if "_" in row.job]
-    return [*own, *(path for path in elements if path.is_file())]
+    told: list[Path] = []
+    with contextlib.suppress(TitansError, OSError):
+        told = [Path(one.log) for one in history.attempts(directory.path) if one.log]
+    found = {path.resolve(): path for path in reversed([*own, *elements, *told]) if path.is_file()}
+    return list(found.values())
 
 
 def _job(log: Path) -> str:
@@ -224,15 +229,38 @@ class _Tail:
         return not os.path.samestat(os.fstat(self._file.fileno()), found) or found.st_size < self.at
 
 
-def _follow(directory: RunDirectory, rank: int | None, tail: _Tail) -> None:
+def _sizes(directory: RunDirectory) -> dict[Path, int]:
+    """Bytes of each job's log."""
+    sizes = {}
+    for path in _job_logs(directory):
+        with contextlib.suppress(OSError):
+            sizes[path] = path.stat().st_size
+    return sizes
+
+
+def _follow(
+    directory: RunDirectory, rank: int | None, first: _Tail, sizes: Mapping[Path, int]
+) -> None:
+    """Print what is added to a log, and to each that becomes the newest.
+
+    Args:
+        directory: the run's.
+        rank: whose log alone it is; None for those of jobs.
+        first: the log whose end was printed.
+        sizes: what other logs held then, which is not printed.
+    """
+    tails, shown = {first.path: first}, first.path
     asked, over = time.monotonic(), False
     while True:
-        for block in tail.read():
-            _put(block)
-        newest = tail.path if rank is not None else _newest(directory)
-        if newest is not None and newest != tail.path:
-            tail = _Tail(newest, 0)
-            _put(f"\n==> {newest} <==\n".encode())
+        for path, tail in tails.items():
+            for block in tail.read():
+                if path != shown:
+                    _put(f"\n==> {path} <==\n".encode())
+                    shown = path
+                _put(block)
+        newest = first.path if rank is not None else _newest(directory)
+        if newest is not None and newest not in tails:
+            tails[newest] = _Tail(newest, sizes.get(newest, 0))
             continue
         if over:
             return

@@ -4,10 +4,13 @@ No torch here.
 """
 
 import contextlib
+import os
 import socket
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from launchers import checks, history, judge, nodes, policy, resubmit, slurm_utils
 from launchers.history import Attempt
@@ -85,11 +88,9 @@ def refuse_fruitless(before: Sequence[Attempt], allocation: Allocation, config: 
     """
     row = policy.fruitless(before, allocation.job)
     if row >= config.job.restarts:
-        raise TitansError(
-            f"{row} attempts in a row saved nothing new; the last: {before[-1].reason}",
-            where=f"job.restarts: {config.job.restarts}; {config.run.directory}",
-            fix="mend the cause and submit again: titans submit begins a new row",
-        )
+        what, fix = policy.in_vain(row, before[-1].asked, before[-1].reason)
+        where = f"job.restarts: {config.job.restarts}; {config.run.directory}"
+        raise TitansError(what, where=where, fix=fix)
 
 
 def claim(directory: RunDirectory, allocation: Allocation, before: Sequence[Attempt]) -> Attempt:
@@ -105,6 +106,8 @@ def claim(directory: RunDirectory, allocation: Allocation, before: Sequence[Atte
         host=socket.gethostname(),
         nodes=tuple(allocation.nodes),
         begun=time.time(),
+        name=allocation.name,
+        log=_log(),
         step_from=judge.saved_step(directory),
     )
     if not history.claim(directory.path, attempt):
@@ -130,6 +133,15 @@ def consume_stop(directory: RunDirectory) -> bool:
         return True
     except FileNotFoundError:
         return False
+
+
+def _log() -> str:
+    """The file that this process writes its words to; empty if it is none."""
+    with contextlib.suppress(OSError):
+        log, written = Path("/proc/self/fd/1").readlink(), os.fstat(1)
+        if stat.S_ISREG(written.st_mode) and os.path.samestat(log.stat(), written):
+            return str(log)
+    return ""
 
 
 def _is_over(job: slurm_utils.Job) -> bool:

@@ -89,7 +89,8 @@ def _done(config: RunConfig, run: Path) -> Iterator[tuple[str, str]]:
     yield "train", f"finished already: {last.name} of {config.train.steps} steps"
     if exported:
         yield "export", f"done already: {out}"
-        if (evaluation_of(config, run) / "heldout.json").is_file():
+        told = _json(evaluation_of(config, run) / "heldout.json")
+        if told.get("training_step") == step:
             yield "eval", f"done already: {evaluation_of(config, run)}"
 
 

@@ -43,12 +43,14 @@ class Decision:
         exit_code: of the job.
         reason: one sentence.
         exclude: nodes that the next job leaves out, longest suspected first.
+        fix: what the user can do, where the run ends.
     """
 
     action: Action
     exit_code: int
     reason: str
     exclude: tuple[str, ...] = ()
+    fix: str = "mend that, then titans submit goes on"
 
 
 def decide(
@@ -77,7 +79,8 @@ def decide(
         return Decision("end", errors.STOPPED, told)
     row = fruitless(attempts, current, outcome)
     if row >= job.restarts:
-        return Decision("end", errors.FAILED, f"{row} attempts in a row saved nothing new: {told}")
+        what, fix = in_vain(row, outcome.asked, told)
+        return Decision("end", errors.FAILED, what, fix=fix)
     if job.on_stop == "exit":
         resumable = outcome.verdict in ("stopped", "hang", "killed")
         return Decision("end", errors.STOPPED if resumable else errors.FAILED, told)
@@ -109,6 +112,21 @@ def fruitless(attempts: Sequence[Attempt], current: str, outcome: Outcome | None
         row += attempt.asked not in ("preempted", "user")
         job = attempt.job
     return row
+
+
+def in_vain(row: int, asked: str, reason: str) -> tuple[str, str]:
+    """What is wrong, and the fix, after as many fruitless attempts as there may be.
+
+    Args:
+        row: their number.
+        asked: who asked the last one to stop.
+        reason: why that ended.
+    """
+    what = f"{row} attempts in a row saved nothing new: {reason}"
+    if asked != "limit":
+        return what, "mend the cause, then titans submit begins a new row"
+    fix = "raise job.time or job.signal_seconds, or lower checkpoint.every; then titans submit"
+    return f"{what}; the time limit came before a checkpoint was saved", fix
 
 
 def excluded(outcome: Outcome, attempts: Sequence[Attempt], spare: int) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers import checks
-from launchers.job_step import interpreter, step_command
+from launchers.job_step import inherited, interpreter, step_command
 from launchers.preflight_facts import Task
 from launchers.preflight_judge import judge
 from launchers.preflight_node import MARK, PARTS
@@ -106,6 +106,7 @@ def check(allocation: Allocation, config: RunConfig, *, config_path: Path) -> Ve
         needed_bytes=needed_bytes(config, run),
         gpus=config.job.gpus_per_node,
         memory_bytes=_bytes(config.job.memory_per_node),
+        all_memory=asks_all(config.job.memory_per_node),
         slow_factor=config.job.slow_factor,
         seconds=config.job.preflight_seconds,
         begun=clock,
@@ -152,7 +153,7 @@ def _step(command: Sequence[str], log: Path, job: JobSection) -> None:
     """Run the step until it ends or its time has passed; again if SLURM did not start it."""
     begun, seconds = time.monotonic(), job.preflight_seconds
     threads = {"OMP_NUM_THREADS": str(job.cpus_per_rank)}
-    environment = threads | os.environ | job.environment
+    environment = threads | inherited(os.environ) | job.environment
     with open(log, "wb") as output:
         while True:
             process = subprocess.Popen(
@@ -227,6 +228,11 @@ def _bytes(memory: str) -> int:
     if not memory:
         return 0
     return int(memory.rstrip("KMGT")) * UNITS.get(memory[-1], UNITS["M"])
+
+
+def asks_all(memory: str) -> bool:
+    """Whether SLURM takes a job's memory for all that a node has: it reads 0 so."""
+    return memory != "" and _bytes(memory) == 0
 
 
 def write_rate(heard: Heard) -> float:

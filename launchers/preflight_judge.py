@@ -115,7 +115,9 @@ def _memory(heard: Heard, expected: Expected) -> Iterator[Finding]:
         return
     middle = sorted(free.values())[len(free) // 2]
     for node, size in free.items():
-        if size < middle * MEMORY_SHARE:
+        # what other jobs hold of a shared node is theirs, as long as ours finds its share
+        lacks = expected.all_memory or size < expected.memory_bytes
+        if lacks and size < middle * MEMORY_SHARE:
             what = f"{_size(size)} of memory free; most nodes have {_size(middle)}"
             yield Finding(
                 "free memory", node, what, "end what other jobs left there; " + SITE, True

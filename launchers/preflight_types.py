@@ -39,6 +39,7 @@ class Expected:
         seconds: that the check may take.
         begun: the batch host's clock when the step began.
         over: the batch host's clock when the step was over.
+        all_memory: of each node is the job's.
     """
 
     nodes: Sequence[str]
@@ -51,6 +52,7 @@ class Expected:
     seconds: float
     begun: float
     over: float
+    all_memory: bool = False
 
 
 @dataclass(frozen=True)

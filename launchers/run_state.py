@@ -5,14 +5,14 @@ others write it.
 """
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from launchers import history, slurm_command, slurm_jobs, slurm_refusals, submitted, sweep
+from launchers import history, slurm_command, slurm_jobs, submitted, sweep
 from launchers.history import Attempt
 from launchers.slurm_jobs import Job
 from launchers.submitted import Submitted
@@ -25,7 +25,7 @@ SILENT_SECONDS = 60.0
 RECENT_ROWS = 50
 DEPTH = 3
 TRAIN = "train"
-OURS = "titans"
+LAST = ("finish", "end")  # after such an attempt none begins by itself
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,16 @@ class RunState:
     @property
     def is_over(self) -> bool:
         """Whether nothing goes on with the run by itself."""
-        if self.training or self.is_alive:
-            return False
-        if self.jobs is None and self.attempts:
-            newest = self.attempts[-1]
-            return newest.ended is not None and newest.action in ("finish", "end")
-        return True
+        return not (self.training or self.is_alive or (self.jobs is None and self._may_go_on))
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether a job may wait or be at work, as far as that is known without SLURM."""
+        trained = [row.job for row in self.submitted if row.stage == TRAIN]
+        if trained and trained[-1] not in {attempt.job for attempt in self.attempts}:
+            return True
+        newest = self.attempts[-1] if self.attempts else None
+        return newest is not None and (newest.ended is None or newest.action not in LAST)
 
     @property
     def word(self) -> str:
@@ -206,9 +210,10 @@ def read(paths: Sequence[Path]) -> list[RunState]:
     """The states of runs; SLURM is asked once for all of them."""
     rows = {path: submitted_jobs(path) for path in paths}
     attempts = {path: _attempts(path) for path in paths}
-    names = {path: _names(rows[path], attempts[path][0]) for path in paths}
-    known = _ask(sorted({base(job) for of_run in names.values() for job in of_run}))
-    return [_state(path, rows[path], *attempts[path], _own(known, names[path])) for path in paths]
+    ids = {path: _ids(rows[path], attempts[path][0]) for path in paths}
+    known = _ask(sorted({base(job) for of_run in ids.values() for job in of_run}))
+    own = {path: _own(known, ids[path], attempts[path][0], path) for path in paths}
+    return [_state(path, rows[path], *attempts[path], own[path]) for path in paths]
 
 
 def submitted_jobs(path: Path) -> list[Submitted]:
@@ -331,23 +336,10 @@ def _attempts(path: Path) -> tuple[list[Attempt], str]:
         return [], str(error).splitlines()[0]
 
 
-def _names(rows: Sequence[Submitted], attempts: Sequence[Attempt]) -> dict[str, set[str]]:
-    """Ids of the run's jobs, each with the names that it may have; none where any will do."""
-    named = {row.script: _job_name(Path(row.script)) for row in rows}
-    names = {row.job: {named[row.script]} for row in rows}
-    of_training = {named[row.script] for row in rows if row.stage == TRAIN}
-    for attempt in attempts:
-        for job in (attempt.job, attempt.next_job):
-            if job and job not in names:
-                names[job] = of_training
-    return names
-
-
-def _job_name(script: Path) -> str:
-    try:
-        return slurm_refusals.requested(script).get("job-name", "")
-    except (OSError, ValueError):
-        return ""
+def _ids(rows: Sequence[Submitted], attempts: Sequence[Attempt]) -> set[str]:
+    """Ids of the run's jobs."""
+    of_attempts = {job for one in attempts for job in (one.job, one.next_job) if job}
+    return {row.job for row in rows} | of_attempts
 
 
 def _ask(ids: Sequence[str]) -> list[Job] | None:
@@ -362,19 +354,17 @@ def _ask(ids: Sequence[str]) -> list[Job] | None:
         return None
 
 
-def _own(known: Sequence[Job] | None, names: Mapping[str, set[str]]) -> dict[str, Job] | None:
-    """Those of the jobs that are the run's.
-
-    A controller that lost its state uses ids again: another's job is told by its name.
-    """
+def _own(
+    known: Sequence[Job] | None, ids: Set[str], attempts: Sequence[Attempt], path: Path
+) -> dict[str, Job] | None:
+    """Those of the jobs that are the run's; one queued by hand has the name its attempt tells."""
     if known is None:
         return None
-    own = {}
-    for job in known:
-        allowed = names.get(job.id, names.get(base(job.id)))
-        if allowed is not None and (job.name in allowed if allowed else job.name.startswith(OURS)):
-            own[job.id] = job
-    return own
+    named = {(attempt.job, attempt.name) for attempt in attempts}
+    mine = [job for job in known if ids & {job.id, base(job.id)}]
+    return {
+        job.id: job for job in mine if (job.id, job.name) in named or submitted.is_own(path, job)
+    }
 
 
 def _below(path: Path, depth: int) -> Iterable[Path]:

@@ -34,12 +34,6 @@ UNANSWERED = re.compile(
 )
 MISSING = re.compile(r"invalid job id specified|no such job|invalid job id", re.IGNORECASE)
 
-# Options that SLURM knows from a version on; an older one does without.
-SINCE: Mapping[str, tuple[int, int]] = {
-    "--overlap": (20, 11),  # before, steps overlapped by themselves
-    "--exact": (20, 11),
-}
-
 # Variables by which users change what the commands print, and those of the job this runs in.
 OUTPUT_VARIABLES = re.compile(r"(SQUEUE|SACCT|SINFO|SCANCEL|SCONTROL)_\w+")
 
@@ -99,11 +93,6 @@ def version() -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def known(*options: str) -> list[str]:
-    """Those of the options that this SLURM knows."""
-    return [option for option in options if version() >= SINCE.get(option, (0, 0))]
-
-
 def run(
     command: Sequence[str],
     *,
@@ -152,6 +141,18 @@ def call(command: Sequence[str], *, patience: float = PATIENCE_SECONDS) -> str:
     return answer.text
 
 
+def accounting(command: Sequence[str]) -> Answer | None:
+    """What the accounting says; None where a site has none or it does not answer.
+
+    It may be away for hours in which SLURM takes and runs jobs.
+    """
+    try:
+        answer = run(command, patience=0)
+    except SlurmError:
+        return None
+    return None if answer.code else answer
+
+
 def refused(command: Sequence[str], answer: Answer) -> SlurmError:
     """The error that tells what SLURM said of a command."""
     return SlurmError(
@@ -186,6 +187,12 @@ def _once(command: Sequence[str], environment: Mapping[str, str]) -> Answer:
             f"{command[0]} is not on this machine",
             where="PATH",
             fix="run this on a login node of the cluster, or load its slurm module",
+        ) from None
+    except OSError as error:
+        raise SlurmError(
+            f"{command[0]} cannot be run: {error.strerror}",
+            where="PATH",
+            fix=f"ask the site who may run it; which {command[0]} tells its place",
         ) from None
     except subprocess.TimeoutExpired:
         return Answer(1, b"", f"{command[0]} timed out after {COMMAND_SECONDS:.0f} s")

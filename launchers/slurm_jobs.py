@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from launchers.slurm_command import MISSING, Answer, refused, run
+from launchers.slurm_command import MISSING, accounting, refused, run
 
 FINISHED = frozenset(
     {
@@ -42,6 +42,25 @@ COLUMNS = {
     "dependency": 8192,
     "batchhost": 256,
 }
+# squeue -o prints values as long as they are, but has no count of restarts.
+LISTED = {
+    "jobarrayid": "%i",
+    "jobid": "%A",
+    "arrayjobid": "%F",
+    "name": "%j",
+    "username": "%u",
+    "state": "%T",
+    "reason": "%r",
+    "nodelist": "%N",
+    "partition": "%P",
+    "submittime": "%V",
+    "starttime": "%S",
+    "endtime": "%e",
+    "timeleft": "%L",
+    "dependency": "%E",
+    "batchhost": "%B",
+}
+RESTARTS = ("jobarrayid", "restartcnt")
 ACCOUNTED = (
     "JobID",
     "JobIDRaw",
@@ -123,16 +142,12 @@ def jobs(ids: Iterable[str] | None = None, *, user: str | None = None) -> list[J
     if wanted == []:
         return []
     query = ["squeue", "--noheader", "--array", "--states=all"]
-    if wanted is not None:
-        query += [f"--jobs={','.join(wanted)}"]
     if user is not None or wanted is None:
         query += [f"--user={user or pwd.getpwuid(os.getuid()).pw_name}"]
-    query += ["--Format=" + ",".join(f"{name}:{width}" for name, width in COLUMNS.items())]
-    answer = run(query)
-    if answer.code and not MISSING.search(answer.err):
-        raise refused(query, answer)
-    found = [] if answer.code else _listed(answer)
-    if wanted is not None and (gone := [one for one in wanted if not _among(one, found)]):
+    if wanted is None:
+        return _of_user(query)
+    found = [_job(row) for row in _columns([*query, f"--jobs={','.join(wanted)}"], COLUMNS)]
+    if gone := [one for one in wanted if not _among(one, found)]:
         found += _accounted(gone)
     return found
 
@@ -174,17 +189,39 @@ def _among(id: str, found: Sequence[Job]) -> bool:  # noqa: A002
     return any(id in (one.id, one.array, one.number) for one in found)
 
 
-def _listed(answer: Answer) -> list[Job]:
-    found = []
-    for line in answer.out.split(b"\n"):
+def _columns(query: Sequence[str], names: Iterable[str]) -> list[dict[str, str]]:
+    """Rows of columns of fixed width, which hold all there is to know; none of missing jobs."""
+    widths = {name: COLUMNS[name] for name in names}
+    query = [*query, "--Format=" + ",".join(f"{name}:{width}" for name, width in widths.items())]
+    answer = run(query)
+    if answer.code and not MISSING.search(answer.err):
+        raise refused(query, answer)
+    rows = []
+    for line in [] if answer.code else answer.out.split(b"\n"):
         if not line.strip() or line.startswith(b"CLUSTER:"):
             continue
         values, at = {}, 0
-        for name, width in COLUMNS.items():
+        for name, width in widths.items():
             values[name] = line[at : at + width].decode(errors="replace").strip()
             at += width
-        found.append(_job(values))
-    return found
+        rows.append(values)
+    return rows
+
+
+def _of_user(query: Sequence[str]) -> list[Job]:
+    """A user's jobs, which may be many thousand: a hundredth of the bytes of all the columns."""
+    listing = [*query, f"--format={SEPARATOR.join(LISTED.values())}"]
+    answer = run(listing)
+    if answer.code:
+        raise refused(listing, answer)
+    lines = answer.out.decode(errors="replace").split("\n")
+    rows = [dict(zip(LISTED, line.split(SEPARATOR), strict=False)) for line in lines]
+    restarts = {row["jobarrayid"]: row["restartcnt"] for row in _columns(query, RESTARTS)}
+    return [
+        _job({**row, "restartcnt": restarts.get(row["jobarrayid"], "")})
+        for row in rows
+        if len(row) == len(LISTED)
+    ]
 
 
 def _job(values: dict[str, str]) -> Job:
@@ -214,8 +251,8 @@ def _accounted(ids: Sequence[str]) -> list[Job]:
     """Jobs that only the accounting remembers; none where a site has no accounting."""
     query = ["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates"]
     query += [f"--delimiter={SEPARATOR}", f"--jobs={','.join(ids)}"]
-    answer = run([*query, f"--format={','.join(ACCOUNTED)}"])
-    if answer.code:
+    answer = accounting([*query, f"--format={','.join(ACCOUNTED)}"])
+    if answer is None:
         return []
     last: dict[str, Job] = {}
     for line in answer.text.splitlines():

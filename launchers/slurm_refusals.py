@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launchers.slurm_command import Answer, call, run
+from launchers.slurm_command import Answer, accounting, call
 from launchers.slurm_jobs import seconds
 from titans_pretrain.config_job import minutes
 from titans_pretrain.errors import UserError, nearest
@@ -19,6 +19,8 @@ JOB_KEYS = {
     "memory": "memory_per_node",
     "gpus": "gpus_per_node",
 }
+UNMEETABLE = "node configuration|partition configuration|required node not available"
+WORKING = re.compile(r"(idle|mixed|allocated|completing|planned)[^*]*")  # * does not answer
 SHORT = {"-N": "nodes", "-p": "partition", "-t": "time", "-A": "account", "-J": "job-name"}
 
 
@@ -31,7 +33,9 @@ class _Refusal:
     fix: str
 
 
+LIMITS = "see the limits: sacctmgr show assoc where user=$USER, sacctmgr show qos"
 REFUSALS = (
+    _Refusal("accounting/qos policy|accounting policy", "qos", LIMITS),
     _Refusal("invalid partition|no partition specified", "partition", "give a partition of here"),
     _Refusal(
         "partition not available|not permitted to use this partition",
@@ -50,11 +54,7 @@ REFUSALS = (
     _Refusal("node count", "nodes", "ask for fewer nodes; sinfo lists the partition's"),
     _Refusal("job array", "array", "ask for fewer tasks; MaxArraySize of scontrol show config"),
     _Refusal("dependency", "dependency", "wait for jobs that squeue lists"),
-    _Refusal(
-        "accounting/qos policy|accounting policy|limit",
-        "qos",
-        "see the limits: sacctmgr show assoc where user=$USER, sacctmgr show qos",
-    ),
+    _Refusal("limit", "qos", LIMITS),
     _Refusal("license|unrecognized option|specification", "options", "mend or remove the option"),
 )
 
@@ -74,18 +74,27 @@ def requested(script: Path, options: Sequence[str] = ()) -> dict[str, str]:
     return asked
 
 
-def check(answer: Answer, request: Mapping[str, str], *, section: str) -> None:
+def check(answer: Answer, request: Mapping[str, str], *, section: str) -> list[str]:
     """Raise a UserError where sbatch --test-only refused, or did not tell of a bound.
+
+    It also refuses what sbatch queues, as long as too few nodes are up.
 
     Args:
         answer: of sbatch --test-only.
         request: what was asked for, by sbatch's names.
         section: of the configuration it comes from, such as job or pipeline.stages.eval.
+
+    Returns:
+        Sentences about why the job may wait long.
     """
-    if answer.code:
+    waits = []
+    if answer.code and re.search(UNMEETABLE, answer.complaint, re.IGNORECASE):
+        waits.append(_waits_for_nodes(_said(answer.complaint), request, section))
+    elif answer.code:
         raise _explained(answer.complaint, request, section)
-    _check_time(request, section)
+    waits.append(_check_time(request, section))
     _check_account(request)
+    return [sentence for sentence in waits if sentence]
 
 
 def partitions() -> dict[str, dict[str, str]]:
@@ -103,15 +112,15 @@ def settings() -> dict[str, str]:
 
 
 def accounts() -> dict[str, set[str]] | None:
-    """The accounts of this process's user, each with its partitions; None where none are kept.
+    """The accounts of this process's user, each with its partitions; None where none are told.
 
     A partition of "" means all.
     """
     user = pwd.getpwuid(os.getuid()).pw_name
     query = ["sacctmgr", "--noheader", "--parsable2", "show", "associations"]
-    answer = run([*query, "where", f"user={user}", "format=Account,Partition"], patience=0)
+    answer = accounting([*query, "where", f"user={user}", "format=Account,Partition"])
     found: dict[str, set[str]] = {}
-    for line in answer.text.splitlines() if answer.code == 0 else ():
+    for line in answer.text.splitlines() if answer else ():
         account, _, partition = line.partition("|")
         found.setdefault(account, set()).add(partition)
     return found or None
@@ -120,15 +129,16 @@ def accounts() -> dict[str, set[str]] | None:
 def _key(topic: str, section: str) -> str:
     if section != "job" and topic in STAGE_KEYS:
         return f"{section}.{topic}"
-    return {"array": "pipeline.data.tasks", "dependency": "--after"}.get(
-        topic, f"job.{JOB_KEYS.get(topic, topic)}"
-    )
+    array = "--sweep" if section == "job" else "pipeline.data.tasks"
+    return {"array": array, "dependency": "--after"}.get(topic, f"job.{JOB_KEYS.get(topic, topic)}")
+
+
+def _said(words: str) -> str:
+    return words.removeprefix("allocation failure: ").removeprefix("sbatch: error: ")
 
 
 def _explained(words: str, request: Mapping[str, str], section: str) -> UserError:
-    said = words.removeprefix("allocation failure: ").removeprefix("sbatch: error: ")
-    if re.search("node configuration|partition configuration", words, re.IGNORECASE):
-        return _too_much(said, request, section)
+    said = _said(words)
     for refusal in REFUSALS:
         if re.search(refusal.words, words, re.IGNORECASE):
             value = _value(refusal.topic, request)
@@ -160,28 +170,33 @@ def _choices(topic: str, request: Mapping[str, str]) -> str:
     return ""
 
 
-def _too_much(said: str, request: Mapping[str, str], section: str) -> UserError:
-    """Which of the things asked for too few nodes have."""
+def _waits_for_nodes(said: str, request: Mapping[str, str], section: str) -> str:
+    """That the job will wait for nodes that are down now; raises where those would not do."""
     named = _partitions_of(request)
     nodes = _number(request.get("nodes", "1"))
     most = max((_bound(facts) for facts in named.values()), default=0)
     of = f"partition {','.join(named)}"
     if nodes > most:
-        return UserError(
+        raise UserError(
             f"{nodes} nodes asked for, {of} gives {most} at most",
             where=_key("nodes", section),
             fix=f"use {most} or fewer, or another partition",
         )
     machines = _machines(named)
-    for wish in _wishes(request):
+    wishes = list(_wishes(request))
+    for wish in wishes:
         if sum(map(wish.met, machines)) < nodes:
             offers = ", ".join(sorted({wish.offer(one) for one in machines}))
-            return UserError(
+            raise UserError(
                 f"{wish.words} asked for, and {of} has no {nodes} nodes with it",
                 where=_key(wish.topic, section),
                 fix=f"its nodes have {offers}; ask for that, or use another partition",
             )
-    return UserError(
+    fit = [one for one in machines if all(wish.met(one) for wish in wishes)]
+    down = sum(not one.works for one in fit)
+    if len(fit) >= nodes > len(fit) - down:
+        return f"{down} nodes of {of} are down or drained now, the job will wait for them"
+    raise UserError(
         f"SLURM refuses the job: {said}",
         where=section,
         fix=f"each wish alone can be met in {of}, together they cannot: see sinfo -N -l",
@@ -206,21 +221,30 @@ def _bound(facts: Mapping[str, str]) -> int:
     return min(total, int(most)) if most.isdigit() else total
 
 
-def _check_time(request: Mapping[str, str], section: str) -> None:
-    """Refuse more time than the partition gives: many a site lets such a job wait for ever."""
+def _check_time(request: Mapping[str, str], section: str) -> str:
+    """Refuse more time than the partition gives: many a site lets such a job wait for ever.
+
+    A quality of service may lift the partition's limit, so that with one it is only told.
+    """
     named = _partitions_of(request)
     limits = {name: seconds(facts.get("MaxTime", "")) for name, facts in named.items()}
     try:
         asked = minutes(request.get("time", "")) * 60
     except ValueError:
-        return
-    if limits and all(limit is not None and limit < asked for limit in limits.values()):
-        raise UserError(
-            f"{request['time']} asked for, partition {','.join(limits)} gives "
-            f"{' and '.join(facts['MaxTime'] for facts in named.values())}",
-            where=_key("time", section),
-            fix="ask for less, the run goes on in its next job; or use another partition",
-        )
+        return ""
+    if not limits or any(limit is None or limit >= asked for limit in limits.values()):
+        return ""
+    told = (
+        f"{request['time']} asked for, partition {','.join(limits)} gives "
+        f"{' and '.join(facts['MaxTime'] for facts in named.values())}"
+    )
+    if qos := request.get("qos"):
+        return f"{told}: the job waits for ever unless qos {qos} allows more"
+    raise UserError(
+        told,
+        where=_key("time", section),
+        fix="ask for less, the run goes on in its next job; or use another partition",
+    )
 
 
 def _check_account(request: Mapping[str, str]) -> None:
@@ -234,10 +258,11 @@ def _check_account(request: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class _Machine:
-    """A node: cores, memory in MB, GPUs by type."""
+    """A node: cores, memory in MB, whether it can get jobs now, GPUs by type."""
 
     cpus: int
     memory: int
+    works: bool
     gpus: Mapping[str, int]
 
 
@@ -254,12 +279,12 @@ class _Wish:
 def _machines(named: Iterable[str]) -> list[_Machine]:
     query = ["sinfo", "--noheader", "--Node", f"--partition={','.join(named)}"]
     found = {}
-    for line in call([*query, "--format=%N|%c|%m|%G"]).splitlines():
-        name, cpus, memory, gres = line.split("|", 3)
+    for line in call([*query, "--format=%N|%c|%m|%T|%G"]).splitlines():
+        name, cpus, memory, state, gres = line.split("|", 4)
         gpus: dict[str, int] = {}
         for kind, count in re.findall(r"gpu(?::([^:,(]*))?:(\d+)(?=[,(]|$)", gres):
             gpus[kind] = gpus.get(kind, 0) + int(count)
-        found[name] = _Machine(_number(cpus), _number(memory), gpus)
+        found[name] = _Machine(_number(cpus), _number(memory), bool(WORKING.fullmatch(state)), gpus)
     return list(found.values())
 
 

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Literal
 
 from launchers import slurm_command, slurm_refusals
-from launchers.slurm_command import PATIENCE_SECONDS, call, clean, refused, run
+from launchers.slurm_command import PATIENCE_SECONDS, accounting, call, clean, refused, run
 from launchers.slurm_command import Answer as Answer
 from launchers.slurm_command import SlurmError as SlurmError
 from launchers.slurm_command import SlurmUnanswered as SlurmUnanswered
 from launchers.slurm_command import available as available
-from launchers.slurm_command import known as known
 from launchers.slurm_command import version as version
 from launchers.slurm_jobs import FINISHED as FINISHED
 from launchers.slurm_jobs import Job as Job
@@ -197,7 +196,7 @@ def test_only(
     options: Sequence[str] = (),  # noqa: PT028
     *,
     section: str = "job",  # noqa: PT028
-) -> None:
+) -> list[str]:
     """Whether SLURM would run a batch script; submits nothing.
 
     Args:
@@ -205,28 +204,39 @@ def test_only(
         options: of sbatch, which go before those in the script.
         section: of the configuration that the job comes from, for messages.
 
+    Returns:
+        Sentences about why it may wait long.
+
     Raises:
         UserError: SLURM would refuse it or keep it waiting for ever, with the key and the fix.
         SlurmError: SLURM does not answer.
     """
     command = ["sbatch", "--test-only", *options, str(script)]
     answer = run(command, environment=_outside(script))
-    slurm_refusals.check(answer, slurm_refusals.requested(script, options), section=section)
+    return slurm_refusals.check(answer, slurm_refusals.requested(script, options), section=section)
 
 
-def cancel(id: str, *, signal: str | None = None, batch: bool = False) -> None:  # noqa: A002
+def cancel(
+    id: str,  # noqa: A002
+    *,
+    signal: str | None = None,
+    batch: bool = False,
+    waiting: bool = False,
+) -> None:
     """End a job, or send it a signal; a job that has ended is none to complain of.
 
     Args:
         id: of the job, of an array, or of an element.
         signal: such as USR1, to the tasks; None ends the job.
         batch: the signal goes to the batch script only.
+        waiting: only if it waits still; one that has begun goes on.
 
     Raises:
         SlurmError: SLURM refuses, or does not answer.
     """
-    command = ["scancel", *([f"--signal={signal}"] if signal else []), *["--batch"] * batch, id]
-    _ended_is_fine(command)
+    options = [f"--signal={signal}"] if signal else []
+    options += [*["--batch"] * batch, *["--state=PENDING"] * waiting]
+    _ended_is_fine(["scancel", *options, id])
 
 
 def requeue(id: str) -> None:  # noqa: A002
@@ -284,8 +294,8 @@ def grace_seconds(partition: str, *, qos: str = "") -> int | None:
     """
     if qos and "preempt/qos" in settings().get("PreemptType", ""):
         query = ["sacctmgr", "--noheader", "--parsable2", "show", "qos", qos, "format=GraceTime"]
-        answer = run(query)
-        return None if answer.code else seconds(answer.text.splitlines()[0] if answer.text else "")
+        answer = accounting(query)
+        return seconds(answer.text.splitlines()[0]) if answer and answer.text else None
     grace = slurm_refusals.partitions().get(partition, {}).get("GraceTime", "")
     return int(grace) if grace.isdigit() else None
 

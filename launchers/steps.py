@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from launchers.asked import AskedToStop
+from launchers.job_step import inherited
 
 POLL_SECONDS = 0.5
 SILENT_SECONDS = 120.0
@@ -274,7 +275,7 @@ def rank_environment(
         told["TITANS_JOB_END"] = f"{end:.0f}"
     if preempt_seconds is not None:
         told["TITANS_PREEMPT_SECONDS"] = f"{preempt_seconds:g}"
-    return {"OMP_NUM_THREADS": str(cpus_per_rank), **environment, **extra, **told}
+    return {"OMP_NUM_THREADS": str(cpus_per_rank), **inherited(environment), **extra, **told}
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:

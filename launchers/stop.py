@@ -1,7 +1,7 @@
 """``titans stop``: have a run save and end, or end it at once. No torch here."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from launchers import run_state, slurm_command, slurm_utils
@@ -31,8 +31,10 @@ def stop(run: Path, *, now: bool = False, wait: bool = False) -> int:
     """
     run_state.check(run)
     state = _look(run)
-    if not state.living and not state.is_alive:
-        state.directory.stop.unlink(missing_ok=True)
+    if state.jobs is None and state.submitted:
+        print("SLURM's commands are not here: jobs that wait are not cancelled")
+    if not state.living and state.is_over:
+        _forget(state)
         print(f"nobody runs {run}: {_where_it_stands(state)}")
         return 0
     if now:
@@ -64,21 +66,42 @@ def _look(run: Path) -> RunState:
     return state
 
 
+def _forget(state: RunState) -> None:
+    """Take away a request that nobody will hear.
+
+    It stays where an attempt did not tell its end: SLURM may not know its job by that name.
+    """
+    newest = state.attempts[-1] if state.attempts else None
+    job = (state.jobs or {}).get(newest.job) if newest else None
+    gone = newest is None or newest.ended is not None or (job is not None and job.finished)
+    if gone and not state.unreadable:
+        state.directory.stop.unlink(missing_ok=True)
+
+
 def _ask(state: RunState) -> None:
     """Have the ranks that train save and end; other stages keep what they have finished."""
-    training = [job for job in state.training if job.running]
-    _cancel(state, [job for job in state.living if job not in training])
-    if training or state.is_alive:
-        with atomic_file(state.directory.stop, "w"):
-            pass
-        who = ", ".join(f"job {job.id}" for job in training) or "ranks outside of SLURM"
-        print(
-            f"asked {who} to stop: the run saves after the step under way and is not queued again"
-        )
+    state = _cancel(state, lambda state, job: not (job.running and job in state.training))
+    training = [f"job {job.id}" for job in state.training if job.running]
+    if not training and not state.is_alive and state.jobs is not None:
+        return
+    _touch(state)
+    unknown = "its job, if SLURM starts one," if state.submitted or state.attempts else ""
+    who = ", ".join(training) or (not state.is_alive and unknown) or "ranks outside of SLURM"
+    print(f"asked {who} to stop: the run saves after the step under way and is not queued again")
 
 
 def _end(state: RunState) -> None:
-    """Cancel what runs and tell what that costs."""
+    """Cancel all jobs and tell what that costs.
+
+    Raises:
+        UserError: SLURM cannot be asked, or holds no job of the ranks that train.
+    """
+    if state.jobs is None and (state.submitted or state.attempts):
+        raise UserError(
+            "SLURM's commands are not here, and --now cancels jobs",
+            where="PATH: scancel",
+            fix="repeat this on a login node, or leave out --now to have the run save and end",
+        )
     if state.is_alive and not state.training:
         hosts = sorted({str(beat.get("host")) for beat in state.beats.values()})
         raise UserError(
@@ -87,28 +110,57 @@ def _end(state: RunState) -> None:
             fix="leave out --now to have them save and end, or kill them there",
         )
     saved = _saved(state)
-    _cancel(state, state.living)
+    _touch(state)  # a job that is queued for the run meanwhile ends by it
+    after = _cancel(state, lambda state, job: True)
+    if all(job.state == "COMPLETING" for job in after.living):
+        after.directory.stop.unlink(missing_ok=True)
     if state.metrics.step > saved and state.is_alive:
         print(f"steps {saved + 1} to {state.metrics.step} are lost, and any after them")
 
 
-def _cancel(state: RunState, jobs: Sequence[Job]) -> None:
-    """Cancel jobs, those of the latest stages first, so that none begins meanwhile.
+def _touch(state: RunState) -> None:
+    with atomic_file(state.directory.stop, "w"):
+        pass
 
-    An array is one job, unless the run is an element of it.
+
+def _cancel(state: RunState, chosen: Callable[[RunState, Job], bool]) -> RunState:
+    """Cancel jobs until none is chosen; the state afterwards.
+
+    Those of the latest stages go first, so that none begins meanwhile. One that waited at the look
+    is cancelled only while it does, and looked at again: it may have begun to train.
     """
-    stages = {row.job: row.stage for row in state.submitted}
-    order = {job: number for number, job in enumerate(stages)}
-    runs: dict[str, bool] = {}
-    for job in jobs:
-        base = run_state.base(job.id)
-        name = base if base in stages else job.id
-        runs[name] = runs.get(name, False) or job.running
-    for name in sorted(runs, key=lambda name: -order.get(name, -1)):
-        slurm_utils.cancel(name)
-        stage = stages.get(name, run_state.TRAIN)
-        kept = "; what it has finished is kept" if runs[name] and stage != run_state.TRAIN else ""
-        print(f"cancelled job {name} ({stage}), which {'ran' if runs[name] else 'waited'}{kept}")
+    done: dict[str, bool] = {}
+    while True:
+        runs: dict[str, bool] = {}
+        for job in state.living:
+            if chosen(state, job):
+                name = _cancelled_as(state, job)
+                runs[name] = runs.get(name, False) or job.running
+        order = {row.job: number for number, row in enumerate(state.submitted)}
+        names = [name for name, ran in runs.items() if name not in done or ran > done[name]]
+        names.sort(key=lambda name: -order.get(name, -1))
+        if not names:
+            return state
+        for name in names:
+            slurm_utils.cancel(name, waiting=not runs[name])
+            done[name] = runs[name]
+        state = _look(state.directory.path)
+        begun = {_cancelled_as(state, job) for job in state.living if job.running}
+        for name in names:
+            if runs[name] or name not in begun:
+                _tell(state, name, ran=runs[name])
+
+
+def _cancelled_as(state: RunState, job: Job) -> str:
+    """What a job is cancelled by: an array as one, unless the run is an element of it."""
+    base = run_state.base(job.id)
+    return base if base in {row.job for row in state.submitted} else job.id
+
+
+def _tell(state: RunState, name: str, *, ran: bool) -> None:
+    stage = {row.job: row.stage for row in state.submitted}.get(name, run_state.TRAIN)
+    kept = "; what it has finished is kept" if ran and stage != run_state.TRAIN else ""
+    print(f"cancelled job {name} ({stage}), which {'ran' if ran else 'waited'}{kept}")
 
 
 def _saved(state: RunState) -> int:
@@ -123,8 +175,9 @@ def _wait(run: Path, tell: Callable[[str], None]) -> None:
     told = time.monotonic()
     while True:
         state = _look(run)
-        if not state.living and not state.is_alive:
-            state.directory.stop.unlink(missing_ok=True)
+        heard = state.jobs is None and not (state.is_alive or state.directory.stop.exists())
+        if not state.living and (state.is_over or heard):
+            _forget(state)
             tell(f"ended: {_where_it_stands(state)}")
             return
         if time.monotonic() - told >= TOLD_SECONDS:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launchers import checks, pipeline, slurm_utils, submitted
+from launchers import checks, pipeline, slurm_utils, stage_checks, submitted
 from launchers import job as jobs
 from launchers.submitted import Stage
 from titans_pretrain import config as run_config
@@ -18,6 +18,7 @@ from titans_pretrain.train.directory import RunDirectory
 
 SHOWN = 8
 JOB = re.compile(r"[0-9]+(?:_[0-9]+)?")
+WELL = "COMPLETED"
 
 
 def submit(
@@ -51,7 +52,7 @@ def submit(
         show(run, stages)
         return errors.DONE
     require_slurm()
-    require_jobs(after)
+    after = waited_for(after)
     with submitted.alone(run):
         stages = _to_do(config, run, stages, chain=chain, resume=resume)
         if not stages:
@@ -102,27 +103,35 @@ def check(config: RunConfig, run: Path, stages: Sequence[Stage]) -> None:
         UserError: what, and how to mend it.
     """
     checks.of_run(config, run)
-    if not any(stage.name in pipeline.DATA for stage in stages):
+    names = {stage.name for stage in stages}
+    if names.isdisjoint(pipeline.DATA):
         checks.of_data(config)
+    stage_checks.of_stages(config, run, names)
     checks.of_host(config.job)
-    ask(stages)
-    for sentence in checks.warnings(config, run):
+    waits = ask(stages)
+    for sentence in (*waits, *checks.warnings(config, run)):
         print(f"warning: {sentence}", file=sys.stderr)
 
 
-def ask(stages: Sequence[Stage]) -> None:
+def ask(stages: Sequence[Stage]) -> list[str]:
     """Have SLURM look at the very files that will be submitted.
 
     Training goes first: what the other stages take from its section is told as its own.
 
+    Returns:
+        Sentences about why one may wait long.
+
     Raises:
         UserError: it would not run one.
     """
+    waits = []
     with tempfile.TemporaryDirectory(prefix="titans-submit-") as place:
         for stage in sorted(stages, key=lambda one: one.name != "train"):
             script = Path(place) / f"{stage.name}.sbatch"
             script.write_text(jobs.text(stage.spec), encoding="utf-8")
-            slurm_utils.test_only(script, section=stage.spec.section)
+            told = slurm_utils.test_only(script, section=stage.spec.section)
+            waits += [f"{stage.name}: {sentence}" for sentence in told]
+    return waits
 
 
 def tell(run: Path, done: dict[str, tuple[str, tuple[str, ...]]]) -> None:
@@ -149,19 +158,35 @@ def require_slurm() -> None:
         )
 
 
-def require_jobs(ids: Sequence[str]) -> None:
-    """Refuse to wait for jobs that are none.
+def waited_for(ids: Sequence[str]) -> list[str]:
+    """Those of the jobs to wait for that have not ended well yet.
 
     Raises:
-        UserError: a word that is no job id, or a job that SLURM does not know.
+        UserError: a word that is no job id, a job that SLURM does not know, or one that failed:
+            what waits for it would never run.
     """
+    left = []
     for one in ids:
         if not JOB.fullmatch(one):
             raise UserError(f"{one!r} is no job id", where="--after", fix="give numbers of jobs")
-        if slurm_utils.job(one) is None:
+        found = slurm_utils.jobs([one])  # of an array all elements
+        if not found:
             raise UserError(
                 f"SLURM knows no job {one}", where="--after", fix="squeue --me lists your jobs"
             )
+        for job in found:
+            if job.finished and job.state != WELL:
+                raise UserError(
+                    f"job {job.id} has ended as {job.state}: what waits for its good end never "
+                    "runs",
+                    where="--after",
+                    fix="queue it again and give its new id, or leave it out",
+                )
+        if all(job.finished for job in found):
+            print(f"job {one} has ended well already")
+        else:
+            left.append(one)
+    return left
 
 
 def refuse_living(

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from launchers import job as jobs
-from launchers import slurm_utils
+from launchers import slurm_refusals, slurm_utils
+from launchers.job_text import READY
 from titans_pretrain import config as run_config
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
@@ -119,8 +120,30 @@ def living(
     return [
         job
         for job in (slurm_utils.jobs() if among is None else among)
-        if not job.finished and (job.name in names or job.id in known or job.array in known)
+        if not job.finished
+        and (job.name in names or (known & {job.id, job.array} and is_own(run, job)))
     ]
+
+
+def is_own(run: Path, job: slurm_utils.Job) -> bool:
+    """Whether a job whose id the run has noted is this run's still, told by its name.
+
+    A controller that lost its state uses ids again. The job files count for a directory that was
+    moved, the ready files for a run that was queued with plain sbatch.
+    """
+    if jobs.is_name_of(job.name, run):
+        return True
+    scripts = {*jobs_of(run).glob("*.sbatch"), *(Path(row.script) for row in read(run))}
+    scripts.add(script_of(run.absolute().parent, jobs.SWEEP))
+    return job.name in {_name(script) for script in (*scripts, *READY.glob("*.sbatch"))} - {""}
+
+
+def _name(script: Path) -> str:
+    """The name of the job of a script; empty where that is gone."""
+    try:
+        return slurm_refusals.requested(script).get("job-name", "")
+    except (OSError, ValueError):
+        return ""
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from launchers import (
     resubmit,
     slurm_utils,
     staging,
+    step_number,
 )
 from launchers import job as jobs
 from launchers.asked import AskedToStop
@@ -36,7 +37,7 @@ from launchers.slurm_utils import Allocation, SlurmError
 from launchers.steps import Limits, Step, StepEnd, rank_environment
 from titans_pretrain import errors
 from titans_pretrain.config import RunConfig
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import TitansError
 from titans_pretrain.train import heartbeat
 from titans_pretrain.train import outcome as outcomes
 from titans_pretrain.train.directory import RunDirectory
@@ -72,9 +73,12 @@ class Supervisor:
             bad = self._check_nodes()
             if bad is not None:
                 return bad
+            if not self._is_ours():
+                return Outcome("killed", "another start of the job has the run")
             if self.asked:
                 kind = self._who_asked()
                 return Outcome("stopped", "asked to stop before the first step", kind)
+            step_number.set_apart(self.allocation.job, self.allocation.restarts)
             return self._judge(self._train())
         except TitansError as error:
             print(error, file=sys.stderr, flush=True)
@@ -132,30 +136,27 @@ class Supervisor:
         elif decision.action == "end":
             print(f"error: the run ends here: {decision.reason}", file=sys.stderr)
             print(f"where: {self.directory.path}", file=sys.stderr)
-            print("fix:   mend that, then titans submit goes on", file=sys.stderr, flush=True)
+            print(f"fix:   {decision.fix}", file=sys.stderr, flush=True)
         return decision.exit_code
 
     def _check_nodes(self) -> Outcome | None:
         """What preflight found, if training must not begin.
 
         Raises:
-            UserError: it would be in vain on other nodes, too, or the grace is too short.
+            UserError: any try would be in vain, on other nodes too, or the grace is too short.
         """
         config = self.config
         if config.job.preflight:
             found = preflight.check(self.allocation, config, config_path=self.config_path)
             for problem in found.problems:
                 say(f"{problem.node or 'all nodes'}: {problem.what}; {problem.fix}")
-            suspects = tuple(found.suspects)
-            common = [problem for problem in found.problems if not problem.node]
-            if common or (len(suspects) > 1 and set(suspects) >= set(self.allocation.nodes)):
-                problem = [*common, *found.problems][0]
-                raise UserError(problem.what, where=problem.node or "all nodes", fix=problem.fix)
-            if suspects:
-                return Outcome("bad node", found.problems[0].what, suspects=suspects)
+            if found.problems:
+                return judge.unfit(found.problems, self.allocation.nodes)
             if not config.job.storage_bytes_per_second and found.write_bytes_per_second:
-                rate = {"storage_bytes_per_second": found.write_bytes_per_second}
-                config = config.model_copy(update={"job": config.job.model_copy(update=rate)})
+                # one measurement, at a bad moment perhaps: no reason to give the nodes back
+                rate = found.write_bytes_per_second
+                if told := checks.doubt(config, self.directory.path, rate):
+                    say(f"at the {rate / 1e6:,.0f} MB/s that the nodes wrote just now, {told}")
         checks.of_run(config, self.directory.path)
         return None
 

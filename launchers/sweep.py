@@ -83,9 +83,9 @@ def submit(
         single.show(place, [_stage(base, place, range(len(members)), at_once)])
         return errors.DONE
     single.require_slurm()
-    single.require_jobs(after)
+    after = single.waited_for(after)
     with submitted.alone(place):
-        chosen = _to_do(place, members, configs)
+        chosen = _to_do(place, members, configs, jobs.job_name(base, place, jobs.SWEEP))
         if not chosen:
             print(f"finished already, or running: all {len(members)} runs of {place}")
             return errors.DONE
@@ -218,13 +218,22 @@ def _stage(base: RunConfig, place: Path, chosen: Sequence[int], at_once: int) ->
     return Stage("sweep", spec)
 
 
-def _to_do(place: Path, members: Sequence[Member], configs: Sequence[RunConfig]) -> list[int]:
+def _to_do(
+    place: Path, members: Sequence[Member], configs: Sequence[RunConfig], name: str
+) -> list[int]:
     """Numbers of the runs that are neither finished nor in a job; says which are left out.
+
+    Args:
+        place: of the sweep.
+        members: its runs.
+        configs: theirs.
+        name: of its arrays.
 
     Raises:
         UserError: a run has begun with another configuration.
     """
     mine = slurm_utils.jobs()
+    arrays = submitted.living(place, [name], among=mine)
     chosen = []
     for index, (one, config) in enumerate(zip(members, configs, strict=True)):
         run = place / one.directory
@@ -233,11 +242,24 @@ def _to_do(place: Path, members: Sequence[Member], configs: Sequence[RunConfig])
         names = [pipeline.training(config, run).spec.name]
         if pipeline.finished(config, run) is not None:
             print(f"{one.directory}: finished already")
-        elif living := submitted.living(run, names, among=mine):
-            print(f"{one.directory}: in job {', '.join(job.id for job in living)} already")
+        elif living := [
+            *submitted.living(run, names, among=mine),
+            *(job for job in arrays if _element(job) == index),
+        ]:
+            told = ", ".join(dict.fromkeys(job.id for job in living))
+            print(f"{one.directory}: in job {told} already")
         else:
             chosen.append(index)
     return chosen
+
+
+def _element(job: slurm_utils.Job) -> int | None:
+    """Which element of its array a job is; also of one that no run has noted.
+
+    ``titans submit`` may be killed between the array and the notes of its runs.
+    """
+    element = job.id.partition("_")[2]
+    return int(element) if element.isdigit() else None
 
 
 def _same(run: Path, config: RunConfig) -> None:

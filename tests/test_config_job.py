@@ -73,6 +73,7 @@ def test_the_ready_profiles_load():
         ({"nodes": 0}, "job.nodes"),
         ({"time": "soon"}, "job.time"),
         ({"time": "0"}, "job.time"),
+        ({"signal_seconds": 65536}, "job.signal_seconds"),
         ({"partition": "a b"}, "job.partition"),
         ({"account": "me\n#SBATCH --uid=0"}, "job.account"),
         ({"options": ["-p gpu"]}, "job.options.0"),

@@ -50,6 +50,55 @@ def test_a_failed_directory_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_two_writers_of_one_directory_do_not_meet_and_the_first_gets_the_name(tmp_path):
+    path = tmp_path / "d"
+    with (
+        pytest.raises(FileExistsError, match="another writer"),
+        files.atomic_directory(path) as one,
+    ):
+        (one / "x").write_text("1")
+        with files.atomic_directory(path) as other:
+            assert os.listdir(other) == []
+            (other / "x").write_text("2")
+        assert (one / "x").read_text() == "1"
+    assert (path / "x").read_text() == "2"
+    assert os.listdir(tmp_path) == ["d"]
+
+
+def gone_directory(folder, name="d", host=None):
+    """What a killed writer leaves of a directory: its locked file and the directory."""
+    guard = folder / f".{name}.{host or socket.gethostname()}-1-aa.tmp"
+    guard.write_bytes(b"")
+    directory = guard.with_suffix(".dir")
+    directory.mkdir()
+    (directory / "x").write_text("1")
+    return guard, directory
+
+
+def test_what_a_killed_writer_left_of_a_directory_goes_at_the_next(tmp_path):
+    gone_directory(tmp_path)
+    with files.atomic_directory(tmp_path / "d"):
+        pass
+    assert os.listdir(tmp_path) == ["d"]
+
+
+def test_only_the_same_names_leftovers_go(tmp_path):
+    kept = gone_directory(tmp_path, "e")
+    with files.atomic_directory(tmp_path / "?"):
+        pass
+    assert all(path.exists() for path in kept)
+
+
+def test_another_hosts_directory_goes_when_nothing_in_it_was_written_for_long(tmp_path):
+    guard, directory = gone_directory(tmp_path, host="elsewhere")
+    os.utime(guard, (0, 0))
+    files.remove_abandoned(tmp_path, "d")
+    assert (directory / "x").exists()
+    os.utime(directory / "x", (0, 0))
+    files.remove_abandoned(tmp_path, "d")
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_checksum_is_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert files.sha256_file(tmp_path / "x").startswith("ba7816bf8f01cfea")

@@ -111,7 +111,7 @@ class JobSection(Section):
     """Image in which the ranks run; null runs them on the nodes themselves."""
     python: Line = ""
     """Interpreter on the nodes; empty takes the one that submits."""
-    signal_seconds: int = Field(default=120, ge=1)
+    signal_seconds: int = Field(default=120, ge=1, le=65535)
     """Seconds before the time limit at which the run is asked to save and stop."""
     preempt_seconds: float | None = Field(default=None, ge=0)
     """Seconds a preempted job is left; null asks SLURM for the partition's grace time."""
@@ -172,25 +172,25 @@ class ExportSection(Section):
 class EvalSection(Section):
     """The evaluation of the exported model."""
 
-    sequences: int = Field(default=0, ge=0)
-    """Held-out sequences to score; 0 takes all."""
+    sequences: int = Field(default=1024, ge=0)
+    """Held-out sequences to score, at most; 0 takes all."""
     output: Line = ""
     """Where; empty: eval in the run's directory."""
 
 
 class StageSection(Section):
-    """What a stage's job asks of SLURM; empty takes the job's own."""
+    """What a stage's job asks of SLURM; what is not given follows from the stage."""
 
-    time: Time = "1:00:00"
-    """Time limit."""
+    time: Time | None = None
+    """Time limit; null: that of training for export and eval, an hour for the others."""
     partition: Names = ""
-    """Partition."""
-    cpus: int = Field(default=1, ge=1)
-    """CPU cores."""
+    """Partition; empty takes that of training."""
+    cpus: int | None = Field(default=None, ge=1)
+    """CPU cores; null: those of a rank for export and eval, one for the others."""
     memory: Memory = ""
-    """Memory."""
-    gpus: int = Field(default=0, ge=0)
-    """GPUs."""
+    """Memory; empty: that of a node of training for export and eval, the site's default else."""
+    gpus: int | None = Field(default=None, ge=0)
+    """GPUs; null: one for eval in the partition of training if that has any, else none."""
 
 
 StageName = Literal["plan", "prepare", "merge", "export", "eval"]

@@ -1,7 +1,9 @@
 """Files that are whole or absent: temporary name, sync, rename. No torch here."""
 
 import contextlib
+import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".tmp"
+DIRECTORY_SUFFIX = ".dir"
 ABANDONED_SECONDS = 3600.0
 FIRST_TAIL_BYTES, LARGEST_TAIL_BYTES = 2**16, 2**24
 
@@ -34,8 +37,7 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     Its name is this writer's alone, and it stays locked until it is renamed, so that
     ``remove_abandoned`` can tell a killed writer's from one that is being written.
     """
-    unique = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    temporary = path.with_name(f".{path.name}.{unique}{TEMPORARY_SUFFIX}")
+    temporary = _temporary(path)
     try:
         with _locked(temporary, mode) as handle:
             yield handle
@@ -45,6 +47,12 @@ def atomic_file(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside ``path`` that no other writer has."""
+    unique = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{unique}{TEMPORARY_SUFFIX}")
 
 
 def _locked(path: Path, mode: str) -> IO[Any]:
@@ -59,7 +67,7 @@ def _locked(path: Path, mode: str) -> IO[Any]:
 
 
 def remove_abandoned(directory: Path, pattern: str) -> None:
-    """Remove the temporary files of writers that are gone, of final names that match a glob.
+    """Remove what writers that are gone left of files and directories whose names match a glob.
 
     Locks may be a host's own, so another host's file must also have been left for an hour. Where
     the file system has no locks nothing is removed.
@@ -68,8 +76,15 @@ def remove_abandoned(directory: Path, pattern: str) -> None:
         with contextlib.suppress(OSError), open(path, "rb+") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours = f".{socket.gethostname()}-" in path.name
-            if ours or time.time() - os.fstat(handle.fileno()).st_mtime > ABANDONED_SECONDS:
+            if ours or time.time() - _last_written(path) > ABANDONED_SECONDS:
+                shutil.rmtree(path.with_suffix(DIRECTORY_SUFFIX), ignore_errors=True)
                 path.unlink()
+
+
+def _last_written(path: Path) -> float:
+    """When a temporary file, or anything in the directory beside it, was last written."""
+    directory = path.with_suffix(DIRECTORY_SUFFIX)
+    return max(one.stat().st_mtime for one in (path, *directory.rglob("*")))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -135,16 +150,33 @@ def sha256_file(path: Path) -> str:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty temporary directory that becomes ``path`` when the block ends well.
 
-    The caller syncs the files it writes (``atomic_file`` does). ``path`` must not exist.
+    It is this writer's alone; a locked file beside it lets ``remove_abandoned`` tell a killed
+    writer's. The caller syncs the files it writes (``atomic_file`` does).
+
+    Raises:
+        FileExistsError: ``path`` is there by the end.
     """
-    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, glob.escape(path.name))
+    guard = _temporary(path)
+    temporary = guard.with_suffix(DIRECTORY_SUFFIX)
     try:
-        yield temporary
-        sync_directory(temporary)
-        os.rename(temporary, path)
+        with _locked(guard, "wb"):
+            temporary.mkdir()
+            yield temporary
+            sync_directory(temporary)
+            _rename_directory(temporary, path)
         sync_directory(path.parent)
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        guard.unlink(missing_ok=True)
+
+
+def _rename_directory(temporary: Path, path: Path) -> None:
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        told = "another writer has made it in the meantime"
+        raise FileExistsError(errno.EEXIST, told, str(path)) from None

@@ -1,12 +1,14 @@
 """Starts of one run that know nothing of each other: only the newest one changes what is seen."""
 
 import errno
+import os
+import shutil
 
 import pytest
 import torch
 
 from titans_pretrain.checkpoint import format as layout
-from titans_pretrain.checkpoint import retention
+from titans_pretrain.checkpoint import publish, retention
 from titans_pretrain.checkpoint.load import read_tensors
 from titans_pretrain.checkpoint.save import AsyncSaver
 from titans_pretrain.errors import TitansError
@@ -70,6 +72,58 @@ def test_a_writer_whose_directory_the_next_start_removed_publishes_nothing(tmp_p
     with pytest.raises(TitansError, match="saving step-3 failed"):
         late.wait()
     assert layout.steps(tmp_path) == []
+
+
+def value_of(root, step):
+    return dict(read_tensors(root / f"step-{step}", ""))["w"].tolist()
+
+
+def test_a_start_frozen_after_its_last_look_at_the_lock_takes_no_name_away(
+    tmp_path, monkeypatch, caplog
+):
+    name = publish._name
+
+    def thawed(place):
+        monkeypatch.setattr(publish, "_name", name)
+        retention.remove_leftovers(tmp_path)
+        save_by("ours", tmp_path, 3, 2.0).wait()
+        name(place)
+
+    monkeypatch.setattr(publish, "_name", thawed)
+    with pytest.raises(TitansError, match="saving step-3 failed"):
+        save_by("late", tmp_path, 3, 1.0).wait()
+    assert value_of(tmp_path, 3) == [2.0, 2.0]
+    assert "is replaced" not in caplog.text
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_replacement_that_fails_halfway_gives_the_name_back(tmp_path, monkeypatch):
+    save_by("ours", tmp_path, 3, 2.0).wait()
+    rename, thawed = os.rename, []
+
+    def late_rename(source, target):
+        if str(target).endswith("step-3") and not thawed:
+            thawed.append(True)
+            shutil.rmtree(source)
+        rename(source, target)
+
+    monkeypatch.setattr(publish.os, "rename", late_rename)
+    with pytest.raises(TitansError, match="saving step-3 failed"):
+        save_by("late", tmp_path, 3, 1.0).wait()
+    assert thawed
+    assert value_of(tmp_path, 3) == [2.0, 2.0]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_checkpoint_whose_replacement_died_on_the_way_gets_its_name_back(tmp_path):
+    save_by("ours", tmp_path, 3, 2.0).wait()
+    save_by("ours", tmp_path, 4, 2.0).wait()
+    (tmp_path / "step-3").rename(tmp_path / ".step-3.late.replaced.tmp")
+    shutil.copytree(tmp_path / "step-4", tmp_path / ".step-4.late.replaced.tmp")
+    assert retention.remove_leftovers(tmp_path) == [".step-4.late.replaced.tmp"]
+    assert value_of(tmp_path, 3) == [2.0, 2.0]
+    assert layout.steps(tmp_path) == [3, 4]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_remains_that_a_living_writer_keeps_alive_stay_and_are_told(tmp_path, monkeypatch, caplog):

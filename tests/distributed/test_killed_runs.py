@@ -150,7 +150,7 @@ def kill_once(command, dice, ranks, step_seconds, into_save):
 @pytest.mark.parametrize(
     ("variant", "sizes", "kills"),
     [
-        ("lmm", (1, 1, 2), 3),
+        pytest.param("lmm", (1, 1, 2), 3, marks=pytest.mark.timeout(900)),
         pytest.param("mac", (1, 2, 2), 20, marks=[pytest.mark.slow, pytest.mark.timeout(2400)]),
     ],
 )

@@ -396,6 +396,32 @@ def test_a_signal_ends_a_validation_between_batches_and_saves(manifest, tmp_path
         assert saved == ["step-2"]
 
 
+def stop_at_a_due_validation(straight, broken, where):
+    build(straight).run()
+    if where == "validation":
+        stop_in_a_validation(broken)
+    else:
+        trainer = build(broken)
+        train = trainer._passes.train
+
+        def asked(batch, valid):
+            trainer._stopping._request.name = "SIGTERM" if trainer._step == 1 else None
+            return train(batch, valid)
+
+        trainer._passes.train = asked
+        with pytest.raises(StoppedEarly):
+            trainer.run()
+    assert [row["step"] for row in timeless(broken)] == [1, 2]
+    rows(broken, resume=True)
+    return same_outcome(straight, broken, 4)
+
+
+@pytest.mark.parametrize("where", ["step", "validation"])
+def test_a_validation_that_a_stop_left_out_is_made_up_for_at_the_resume(manifest, tmp_path, where):
+    runs = [configuration(manifest, tmp_path / name, "lmm") for name in ("straight", "broken")]
+    assert run_ranks(stop_at_a_due_validation, 2, *runs, where) == [True, True]
+
+
 def test_a_step_larger_than_the_data_is_refused_before_the_run_begins(manifest, tmp_path):
     settings = configuration(manifest, tmp_path, "transformer", global_batch_size=4000)
     with pytest.raises(UserError, match="a step takes 4000 sequences"):

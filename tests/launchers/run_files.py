@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -106,11 +106,14 @@ class ToldSlurm:
         jobs: all that it knows.
         answers: whether it does.
         cancelled: ids, in order.
+        beginning: of these jobs that wait, each runs as soon as it is to be cancelled.
+        coming: jobs that come into the queue with the first cancel.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.jobs: list[Job] = []
         self.answers, self.cancelled = True, []
+        self.beginning, self.coming = [], []
         patch.setattr(slurm_command, "available", lambda: True)
         patch.setattr(slurm_command, "run", self._run)
         patch.setattr(slurm_jobs, "jobs", self._known)
@@ -123,6 +126,11 @@ class ToldSlurm:
     def _known(self, ids):
         return [one for one in self.jobs if run_state.base(one.id) in ids]
 
-    def _cancel(self, one):
-        self.cancelled.append(one)
-        self.jobs = [job for job in self.jobs if one not in (job.id, run_state.base(job.id))]
+    def _cancel(self, one, *, waiting=False):
+        begun = {one for one in self.jobs if one.id in self.beginning}
+        self.jobs = [replace(a, state="RUNNING") if a in begun else a for a in self.jobs]
+        named = [job for job in self.jobs if one in (job.id, run_state.base(job.id))]
+        ended = [job for job in named if not (waiting and job.running)]
+        self.cancelled += [one] if ended else []
+        self.jobs = [job for job in self.jobs if job not in ended] + self.coming
+        self.coming = []

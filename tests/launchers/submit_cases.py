@@ -42,6 +42,7 @@ class FakeSlurm:
 
     submitted: list = field(default_factory=list)
     tested: list = field(default_factory=list)
+    waits: list = field(default_factory=list)
     cancelled: list = field(default_factory=list)
     known: list = field(default_factory=list)
     refuse_stage: str = ""
@@ -69,9 +70,10 @@ class FakeSlurm:
 
     def test_only(self, script, options=(), **more):
         self.tested.append(Path(script).stem)
+        return self.waits
 
     def jobs(self, ids=None, *, user=None):
-        return [job for job in self.known if ids is None or job.id in ids]
+        return [job for job in self.known if ids is None or {job.id, job.array} & set(ids)]
 
     def job(self, number):
         return next((job for job in self.known if job.id == number), None)

@@ -3,17 +3,38 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 
-from launchers import history, judge, nodes, opening, policy, resubmit, slurm_utils, staging, steps
+from launchers import (
+    checks,
+    history,
+    job_end,
+    job_text,
+    judge,
+    nodes,
+    opening,
+    policy,
+    preflight,
+    resubmit,
+    slurm_command,
+    slurm_utils,
+    staging,
+    step_number,
+    steps,
+    supervisor,
+)
 from launchers.asked import AskedToStop
 from launchers.history import Attempt
+from launchers.job_end import JobEnd
 from launchers.judge import Situation
+from launchers.preflight_types import Problem
 from launchers.slurm_utils import SlurmError
 from launchers.steps import Limits, Silence, Step, StepEnd
+from launchers.supervisor import Supervisor
 from titans_pretrain import config as run_config
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint import manifest
@@ -33,6 +54,7 @@ MODEL = {
     "chunk_size": 16,
     "num_persistent_tokens": 2,
 }
+OF_RUN = checks.of_run
 JOB = {
     "SLURM_JOB_ID": "7",
     "SLURM_JOB_NODELIST": "a[1-2]",
@@ -95,6 +117,28 @@ def asked():
 
 
 # before
+
+
+@pytest.mark.parametrize(("body", "variable"), [("pretrain", "CONFIG"), ("sweep", "SWEEP")])
+def test_a_signal_before_python_hears_it_does_not_end_the_job(tmp_path, body, variable):
+    python = tmp_path / "python"
+    code = (
+        "import os, signal; from launchers.asked import AskedToStop; me = os.getpid(); "
+        "os.kill(me, signal.SIGUSR1); asked = AskedToStop(); os.kill(me, signal.SIGUSR2); "
+        "print(asked.names)"
+    )
+    python.write_text(f"#!/bin/sh\nkill -USR1 $$\nexec {sys.executable} -c '{code}'\n")
+    python.chmod(0o755)
+    given = {"TITANS_PYTHON": str(python), variable: "x", "SLURM_ARRAY_TASK_ID": "0"}
+    given |= {"MODULES": "slow", "BASH_FUNC_module%%": "() { kill -USR1 $$; kill -USR2 $$; }"}
+    done = subprocess.run(
+        ["bash", job_text.READY / f"{body}.sbatch"],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(job_text.READY.parent)} | given,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "['SIGUSR2']\n"), done.stderr
 
 
 def test_outside_of_a_job_an_attempt_is_refused(tmp_path):
@@ -260,6 +304,52 @@ def test_ranks_that_refuse_before_their_log_is_open_are_understood(run, code, fi
     assert judge.outcome(run, SITUATION, end).verdict == "failed"
 
 
+@pytest.mark.parametrize("kind", ["limit", "preempted"])
+def test_a_failure_without_a_word_counts_as_asked_for_only_if_slurm_signalled(run, kind):
+    quiet = replace(SITUATION, asked=kind)
+    assert judge.outcome(run, quiet, StepEnd(143)).asked == ""
+    assert judge.outcome(run, replace(quiet, signalled=True), StepEnd(143)).asked == kind
+    write_json(run.error, error(1))
+    assert judge.outcome(run, quiet, StepEnd(143)).asked == ""
+
+
+PASSING = Problem("", "all 2 nodes: no answer", "wait", passing=True)
+LASTING = Problem("", "the disk is full", "free it")
+
+
+@pytest.mark.parametrize(
+    ("problems", "verdict", "suspects"),
+    [
+        ([PASSING], "failed", ()),
+        ([replace(PASSING, node="a1")], "bad node", ("a1",)),
+        ([replace(PASSING, node="a1"), replace(PASSING, node="a2")], "failed", ()),
+        ([replace(PASSING, node="a1"), replace(LASTING, node="a2")], "bad node", ("a2",)),
+        ([PASSING, replace(LASTING, node="a2")], "bad node", ("a2",)),
+    ],
+)
+def test_what_another_try_may_mend_is_tried_again(problems, verdict, suspects):
+    outcome = judge.unfit(problems, ["a1", "a2"])
+    assert (outcome.verdict, outcome.suspects, outcome.asked) == (verdict, suspects, "")
+    assert {"failed": "no answer"}.get(verdict, "") in outcome.reason
+    alone = judge.unfit([replace(LASTING, node="a1")], ["a1"])
+    assert (alone.verdict, alone.suspects) == ("bad node", ("a1",))
+
+
+@pytest.mark.parametrize(
+    "problems",
+    [
+        [LASTING],
+        [PASSING, LASTING],
+        [replace(LASTING, node="a1"), LASTING],
+        [replace(LASTING, node="a1"), replace(LASTING, node="a2")],
+    ],
+)
+def test_what_no_other_node_mends_is_the_users(problems):
+    with pytest.raises(UserError, match="the disk is full") as error:
+        judge.unfit(problems, ["a1", "a2"])
+    assert error.value.fix == "free it"
+
+
 def test_hosts_are_told_by_slurms_names():
     assert judge.named(["a2", "a1.site", "b1", "a2"], ["a1", "a2.site"]) == ("a2.site", "a1")
 
@@ -271,16 +361,70 @@ def test_the_time_limit_is_told_from_a_preemption_by_its_nearness():
     assert judge.asked_by(1000, None, 120) == "preempted"
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(job_end.time, "time", lambda: now[0])
+    return now
+
+
+def test_a_time_limit_that_is_moved_is_seen(known, clock):
+    known["7"] = slurm_job(state="RUNNING", seconds_left=100, end_time=1.0)
+    end = JobEnd("7")
+    assert (end.limit(), end.is_within(99)) == (1100.0, False)
+    clock[0] += 90
+    known["7"] = replace(known["7"], seconds_left=3610)
+    assert not end.is_within(15)
+    assert end.limit() == 4700.0
+    known["7"] = replace(known["7"], seconds_left=5)
+    assert end.limit() == 1095.0
+    assert end.is_within(15)
+    known["7"] = replace(known["7"], seconds_left=None)
+    assert end.limit() is None
+    assert not end.is_within(15)
+
+
+def test_a_time_limit_is_not_moved_by_an_end_nor_forgotten_in_silence(known, clock, monkeypatch):
+    known["7"] = slurm_job(state="RUNNING", seconds_left=100)
+    end = JobEnd("7")
+    known["7"] = slurm_job(state="COMPLETING", seconds_left=0, end_time=1000.0)
+    assert end.limit() == 1100.0
+    known["7"] = slurm_job(state="RUNNING", seconds_left=None)  # what squeue says past the limit
+    clock[0] += 101
+    assert end.limit() == 1100.0
+    assert end.is_within(0)
+
+    def silent(job):
+        raise SlurmError("no answer")
+
+    monkeypatch.setattr(slurm_utils, "job", silent)
+    assert end.limit() == 1100.0
+    with pytest.raises(SlurmError):
+        JobEnd("7")
+
+
+@pytest.mark.parametrize(
+    ("told", "preempted"),
+    [("1000 1200", True), ("1000 N/A", False), ("1000 900", False), ("N/A N/A", False)],
+)
+def test_slurm_says_whether_this_start_is_preempted(known, monkeypatch, told, preempted):
+    monkeypatch.setattr(slurm_command, "call", lambda query: told)
+    assert JobEnd("7").is_preempted() is preempted
+
+
 # the step
 
 
-def step_of(code, asked, *, beats=dict, told=lambda: False, limits=None, kept=None, forward=None):
+def step_of(
+    code, asked, *, beats=dict, told=lambda: False, limits=None, kept=None, forward=None, ours=True
+):
     return Step(
         [sys.executable, "-c", code],
         os.environ,
         beats=beats,
         ended=told,
         asked=asked,
+        is_ours=lambda: ours,
         forward=forward or (lambda process, name: process.terminate()),
         limits=limits or Limits(60),
         save_evidence=(kept if kept is not None else []).append,
@@ -310,7 +454,7 @@ def test_a_signal_is_forwarded_once(asked):
         (Limits(0.5), False, {}, "within 0.5 s of the start"),
         (Limits(60), True, {}, "after its ranks told their end"),
         (Limits(60), False, {0: {"time": 1, "host": "a1"}}, "no rank gave a sign of life for"),
-        (Limits(60, until=0.0), False, {}, "before the time limit"),
+        (Limits(60, is_over=lambda: True), False, {}, "before the time limit"),
     ],
 )
 def test_a_step_is_ended_from_outside(asked, monkeypatch, limits, told, beats, why):
@@ -320,9 +464,29 @@ def test_a_step_is_ended_from_outside(asked, monkeypatch, limits, told, beats, w
     code = "import time; time.sleep(60)"
     end = step_of(code, asked, beats=lambda: beats, told=lambda: told, limits=limits, kept=kept)
     assert why in end.why
-    assert kept == ([] if limits.until is not None else [end.why])
+    assert kept == ([] if limits.is_over() else [end.why])
     assert end.code == -15
-    assert end.late == (limits.until is not None)
+    assert end.late == limits.is_over()
+
+
+@pytest.mark.parametrize("cause", ["signal", "end", "frozen"])
+def test_the_step_of_a_later_start_is_neither_told_nor_ended(asked, monkeypatch, tmp_path, cause):
+    """srun tells a helper of its end, which then ends the step by its number."""
+    srun = "import os, sys, time; out, into = os.pipe(); child = os.fork() == 0\n"
+    srun += "if child: os.close(into); os.read(out, 1); open(sys.argv[1], 'w')\n"
+    path = tmp_path / "the successor's step is ended"
+    srun = srun.replace("sys.argv[1]", repr(str(path))) + "else: time.sleep(60)\n"
+    if cause == "signal":
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if cause == "frozen":
+        monkeypatch.setattr(steps, "FROZEN_SECONDS", 0.1)
+    told, kept = [], []
+    limits = Limits(1.0 if cause == "end" else 60)
+    forward = lambda process, name: told.append(name)  # noqa: E731
+    end = step_of(srun, asked, limits=limits, kept=kept, forward=forward, ours=False)
+    assert (end.code, told, kept) == (-signal.SIGKILL, [], [])
+    assert "another start" in end.why
+    assert not path.exists()
 
 
 def test_the_first_task_that_died_is_told_and_its_node_suspected_if_it_was_killed(asked):
@@ -352,6 +516,15 @@ def test_silence_is_measured_by_the_longest_so_far():
     assert silence.nodes() == ["a2"]
 
 
+def test_ranks_do_not_meet_where_the_shell_that_submits_was_told():
+    names = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    others = dict.fromkeys((*names, "MASTER_ADDR", "MASTER_PORT"), "7")
+    rest = {"attempt": 1, "end": None, "preempt_seconds": None, "cpus_per_rank": 1}
+    assert not others.keys() & steps.rank_environment(others, {}, **rest).keys()
+    given = steps.rank_environment(others, {"MASTER_ADDR": "ib0.a1"}, **rest)
+    assert given["MASTER_ADDR"] == "ib0.a1"
+
+
 def test_ranks_are_told_of_their_attempt_and_their_end():
     given = steps.rank_environment(
         {"OMP_NUM_THREADS": "3", "HOME": "/h"},
@@ -371,6 +544,100 @@ def test_ranks_are_told_of_their_attempt_and_their_end():
     assert "TITANS_JOB_END" not in given
 
 
+@pytest.fixture
+def supervised(tmp_path, known, asked, monkeypatch):
+    """``supervised(job-section)``: attempt 1 at work, and the steps that it makes."""
+    made_steps = []
+
+    def record(command, environment, **more):
+        made_steps.append(command)
+        return type("Made", (), {"run": lambda self: StepEnd(1)})()
+
+    monkeypatch.setattr(supervisor, "Step", record)
+    monkeypatch.setattr(supervisor.step_number, "set_apart", lambda job, restarts: None)
+    monkeypatch.setattr(supervisor.checks, "of_run", lambda config, path: None)
+    monkeypatch.setattr(slurm_command, "call", lambda query: "1000 N/A")
+    known["7"] = slurm_job(state="RUNNING", seconds_left=3600)
+
+    def make(**job):
+        config = made(tmp_path, preflight=False, preempt_seconds=5.0, **job)
+        history.claim(tmp_path, attempt())
+        path = tmp_path / "run.yaml"
+        run = RunDirectory(tmp_path)
+        end = JobEnd("7")
+        return Supervisor(config, path, run, allocation(), attempt(), end, asked), made_steps
+
+    return make
+
+
+def test_ranks_in_a_container_run_its_python(supervised):
+    image = {"runtime": "apptainer", "image": "/i.sif"}
+    one, made_steps = supervised(container=image)
+    assert one.outcome().verdict == "failed"
+    (command,) = made_steps
+    assert command[command.index("/i.sif") + 1] == "python3"
+    assert sys.executable not in command
+
+
+@pytest.mark.parametrize(("restarts", "used"), [(0, [2, 3]), (1, [2, 3, 4]), (3, [2]), (7, [2])])
+def test_starts_in_a_row_use_different_step_numbers(monkeypatch, restarts, used):
+    numbers, asked_for = iter(range(2, 20)), []
+
+    def srun(command, **more):
+        asked_for.append(next(numbers))
+        return subprocess.CompletedProcess(command, 0, f"{asked_for[-1]}\n", "")
+
+    monkeypatch.setattr(step_number.subprocess, "run", srun)
+    step_number.set_apart("7", restarts)
+    assert asked_for == used
+
+
+def test_a_step_that_slurm_does_not_run_keeps_no_attempt_from_training(monkeypatch):
+    def srun(command, **more):
+        return subprocess.CompletedProcess(command, 1, "", "busy")
+
+    monkeypatch.setattr(step_number.subprocess, "run", srun)
+    step_number.set_apart("7", 1)
+
+
+def test_a_rate_that_preflight_measured_stops_no_attempt(supervised, monkeypatch, capsys):
+    one, made_steps = supervised()
+    job = one.config.job.model_copy(update={"preflight": True})
+    one = replace(one, config=one.config.model_copy(update={"job": job}))
+    verdict = preflight.Verdict((), 100.0, 1.0)
+    monkeypatch.setattr(preflight, "check", lambda *given, **more: verdict)
+    monkeypatch.setattr(supervisor.checks, "of_run", OF_RUN)
+    assert one.outcome().verdict == "failed"
+    assert len(made_steps) == 1
+    assert "job.signal_seconds: 120 is too short" in capsys.readouterr().out
+
+
+def test_a_process_whose_job_was_given_away_meanwhile_trains_nothing(supervised, known):
+    one, made_steps = supervised()
+    known["7"] = slurm_job(state="RUNNING", restarts=1)
+    assert one.outcome().verdict == "killed"
+    assert made_steps == []
+
+
+def test_while_slurm_does_not_answer_the_records_tell_whose_the_run_is(supervised, monkeypatch):
+    def silent(job):
+        raise SlurmError("no answer")
+
+    one, made_steps = supervised()
+    monkeypatch.setattr(slurm_utils, "job", silent)
+    assert one.outcome().verdict == "failed"
+    history.claim(one.directory.path, attempt(2, job="8"))
+    assert one.outcome().verdict == "killed"
+    assert len(made_steps) == 1
+
+
+def test_a_row_that_the_time_limit_ended_is_refused_with_what_mends_it(tmp_path):
+    late = attempt(step_to=0, ended=1.0, verdict="stopped", asked="limit", next_job="7")
+    with pytest.raises(TitansError) as error:
+        opening.refuse_fruitless([late, late], allocation(), made(tmp_path, restarts=2))
+    assert "job.signal_seconds" in error.value.fix
+
+
 # what comes next
 
 
@@ -386,6 +653,8 @@ def test_a_process_whose_job_was_given_away_is_not_current(run, known):
     known["7"] = slurm_job(state="RUNNING")
     history.claim(run.path, attempt(2, job="8"))
     assert resubmit.is_current(run.path, 1, allocation()) is None
+    assert resubmit.is_newest(run.path, 2)
+    assert not resubmit.is_newest(run.path, 1)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,29 @@ def test_a_controller_that_does_not_answer(diagnosis, monkeypatch):
     assert "fail  SLURM: SLURM does not answer\n      fix: see scontrol ping" in told
 
 
+def test_one_partition_of_several_that_fits_will_do(diagnosis, site):
+    site.partitions["debug"] = PARTITION | {"MaxTime": "00:30:00"}
+    site.found = "main|gpu:h100:8\ndebug|gpu:h100:8"
+    code, told = diagnosis("job.partition=main,debug")
+    assert code == 0
+    assert "warn  job.time: 1:00:00 exceeds 00:30:00 of debug" in told
+    assert diagnosis("job.partition=debug")[0] == 1
+
+
+def test_a_quality_of_service_may_lift_the_partition_s_time(diagnosis):
+    code, told = diagnosis("job.time=2-0", "job.qos=long")
+    assert code == 0
+    assert "warn  job.time: 2-0 exceeds 1-00:00:00 of main" in told
+
+
+def test_why_the_job_may_wait_is_told(diagnosis, site):
+    site.waits = ["2 nodes are down"]
+    code, told = diagnosis()
+    assert code == 0
+    assert "warn  train: 2 nodes are down" in told
+    assert "SLURM would run it" not in told
+
+
 def test_an_old_slurm_is_warned_of(diagnosis, monkeypatch):
     monkeypatch.setattr(slurm_utils, "version", lambda: (19, 5))
     assert "warn  SLURM: 19.05" in diagnosis()[1]

@@ -1,13 +1,16 @@
 """The records of a run's attempts."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
-from launchers import history
+from launchers import history, opening
 from launchers.history import Attempt
+from launchers.slurm_utils import Allocation
 from titans_pretrain.errors import TitansError
+from titans_pretrain.train.directory import RunDirectory
 
 
 def attempt(number, job="7"):
@@ -26,6 +29,22 @@ def test_an_attempt_is_read_as_it_was_claimed_and_as_it_ended(tmp_path):
     ended = replace(one, ended=160.0, step_to=9, verdict="hang", suspects=("a2",), next_job="8")
     history.write(tmp_path, ended)
     assert history.attempts(tmp_path) == [ended]
+
+
+def test_a_claimed_attempt_tells_its_jobs_name_and_the_file_it_writes_to(tmp_path):
+    allocation = Allocation("7", "anything", ["a1"], [1], 0, "main")
+    log, terminal = tmp_path / "job.log", os.dup(1)
+    try:
+        for place in (log, "/dev/null"):
+            with open(place, "w") as handle:
+                os.dup2(handle.fileno(), 1)
+            opening.claim(RunDirectory(tmp_path), allocation, history.attempts(tmp_path))
+    finally:
+        os.dup2(terminal, 1)
+        os.close(terminal)
+    first, second = history.attempts(tmp_path)
+    assert (first.name, first.log) == ("anything", str(log))
+    assert (second.name, second.log) == ("anything", "")
 
 
 def test_of_jobs_that_claim_the_same_attempt_one_gets_it(tmp_path):

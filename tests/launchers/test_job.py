@@ -107,6 +107,11 @@ class TestTraining:
         assert job.job_name(run(), Path("/runs/second")) != name
         assert job.job_name(run(), PLACE, "export") == f"{name}-export"
 
+    def test_a_run_has_one_name_by_whatever_link_it_is_reached(self, tmp_path):
+        (tmp_path / "link").symlink_to(tmp_path / "run")
+        names = {job.job_name(run(), tmp_path / place) for place in ("run", "link", "x/../run")}
+        assert len(names) == 1
+
     def test_a_percent_in_the_directory_is_no_pattern(self, tmp_path):
         spec = job.training_spec(run(), directory=Path("/runs/50%"), config_path=FROZEN)
         assert spec.output == "/runs/50%%/logs/slurm-%j.log"
@@ -146,6 +151,27 @@ class TestStages:
             RAW["data"]["manifest"],
         )
         assert scored.arguments == ("--sequences", "9")
+        assert stage("eval").arguments == ("--sequences", "1024")
+        assert stage("eval", eval={"sequences": 0}).arguments == ()
+
+    def test_export_and_evaluation_have_what_a_rank_of_training_has(self, tmp_path):
+        section = {
+            "gpus_per_node": 8,
+            "gpu_type": "h100",
+            "cpus_per_rank": 12,
+            "memory_per_node": "900G",
+            "time": "8:00:00",
+        }
+        wanted = {"cpus-per-task": "12", "mem": "900G", "time": "8:00:00"}
+        export, scored = (asked(stage(name, section), tmp_path) for name in ("export", "eval"))
+        assert wanted.items() <= export.items()
+        assert (wanted | {"gpus-per-node": "h100:1"}).items() <= scored.items()
+        assert "gpus-per-node" not in export
+        on_cpu = asked(stage("eval", section, stages={"eval": {"gpus": 0}}), tmp_path)
+        assert "gpus-per-node" not in on_cpu
+        plan = asked(stage("plan", section, data=PREPARE), tmp_path)
+        assert (plan["cpus-per-task"], plan["time"]) == ("1", "1:00:00")
+        assert "mem" not in plan
 
     def test_a_stage_asks_for_its_own_and_leaves_the_nodes_of_training(self, tmp_path):
         section = {
@@ -211,6 +237,15 @@ class TestQuoting:
             "--tokenizer", "/t.model", "--tasks", "8",
         ]  # fmt: skip
 
+    def test_what_is_wrong_in_the_run_s_directory_is_told_of_it(self):
+        spec = job.training_spec(run(), directory=Path('/runs/"x"'), config_path=FROZEN)
+        with pytest.raises(UserError) as caught:
+            job.text(spec)
+        assert caught.value.where == "run.directory"
+
+    def test_modules_of_the_shell_that_submits_are_not_loaded(self, tmp_path):
+        assert "export MODULES=''\n" in job.text(training())
+
     @pytest.mark.parametrize("bad", ["a\nb", 'a"b', "a\\b", "a'b", "a\0b"])
     def test_what_sbatch_would_read_otherwise_is_refused(self, bad):
         spec = job_text.JobSpec(name="x", body="pretrain", output=f"/runs/{bad}/log")
@@ -235,6 +270,17 @@ class TestQuoting:
             "--array=0-3",
             "--no-requeue",
             "--output=/x",
+            "--arr=0-3",
+            "--sig=USR1@5",
+            "--dep=singleton",
+            "--tim=5",
+            "--exclude=n1",
+            "--nodelist=n1",
+            "--clusters=other",
+            "--chdir=/x",
+            "--error=/x",
+            "--uid=0",
+            "--version",
         ],
     )
     def test_an_option_that_the_job_sets_itself_is_refused(self, bad):

@@ -64,6 +64,17 @@ def test_a_run_of_a_sweep_shows_its_elements_log(tmp_path, capfd):
         assert capfd.readouterr().out.endswith("one of many\n")
 
 
+def test_the_log_of_a_job_queued_by_hand_is_where_its_attempt_tells(run, tmp_path, capfd):
+    put(run, "slurm-5.log", "submitted\n", age=9)
+    log = tmp_path / "slurm-titans-pretrain-7.log"
+    log.write_text("by hand\n")
+    run.attempt(1, job="7", log=str(log))
+    run.attempt(2, job="8", log=str(tmp_path / "gone.log"))
+    for attempt in (None, 1):
+        logs.logs(run.path, attempt=attempt)
+        assert capfd.readouterr().out == f"==> {log} <==\nby hand\n"
+
+
 def test_a_run_without_jobs_shows_its_first_rank(run, capfd):
     put(run, "rank-0.log", "hello")
     logs.logs(run.path)
@@ -203,6 +214,35 @@ def test_following_goes_over_requeues_and_new_jobs_and_ends_with_the_run(run, sl
         handle.write("last words\n")
     slurm.jobs = [job("8", "COMPLETED")]
     assert following.end().endswith("last words\n")
+
+
+def test_logs_that_are_written_in_turns_are_followed_without_repetition(run, slurm, following):
+    run.job("7")
+    slurm.jobs = [job("7", "RUNNING")]
+    old = put(run, "slurm-6.log", "before\n", age=100)
+    new = put(run, "slurm-7.log", "first\n", age=50)
+    following.thread.start()
+    following.wait_for("first\n")
+    for path, text in ((old, "a\n"), (new, "b\n"), (old, "c\n"), (new, "d\n")):
+        with open(path, "a") as handle:
+            handle.write(text)
+        following.wait_for(f"{path.name} <==\n{text}")
+    slurm.jobs = []
+    printed = following.end()
+    assert "before" not in printed
+    words = [line for line in printed.splitlines() if line and not line.startswith("==>")]
+    assert words == ["first", "a", "b", "c", "d"]
+
+
+def test_where_slurm_does_not_answer_a_queued_run_is_not_over(run, slurm, following):
+    slurm.answers = False
+    run.job("7")
+    following.thread.start()
+    following.wait_for("rank-0.log <==\n")
+    time.sleep(0.2)
+    assert following.thread.is_alive()
+    run.attempt(1, job="7", ended=200.0, verdict="done", action="finish")
+    following.end()
 
 
 def test_following_waits_for_the_log_of_a_queued_job(run, slurm, following):

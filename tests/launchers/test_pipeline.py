@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import yaml
 from submit_cases import FakeSlurm, rows, write_checkpoint, write_config, write_export
 
 from launchers import pipeline, submit
@@ -27,8 +28,12 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def file(tmp_path):
+def file(tmp_path, monkeypatch):
     """A run that prepares its data in four tasks, two at once; its data is not there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").touch()
+    (tmp_path / "tokenizer.model").touch()
     data = {"input": ["text/*.jsonl"], "tokenizer": "tokenizer.model", "tasks": 4, "at_once": 2}
     made = write_config(tmp_path, pipeline={"data": data})
     shutil.rmtree(tmp_path / "data")
@@ -79,6 +84,95 @@ def test_a_dry_run_prints_every_stage(file, run, capsys):
 def test_data_that_is_there_needs_no_stages(tmp_path, run, slurm):
     assert _titans(write_config(tmp_path)) == 0
     assert [stage for stage, _ in slurm.submitted] == ["train", "export", "eval"]
+
+
+@pytest.fixture
+def refused(file, slurm):
+    """``refused(override…, section={…})``: the error of a chain of which nothing was queued."""
+
+    def refuse(*overrides, **sections):
+        _change(file, **sections)
+        with pytest.raises(UserError) as caught:
+            submit.submit(str(file), overrides, chain=True)
+        assert not slurm.submitted
+        assert caught.value.fix
+        return caught.value
+
+    return refuse
+
+
+def _change(file, **sections):
+    """Change sections of a pipeline."""
+    whole = yaml.safe_load(file.read_text())
+    for name, values in sections.items():
+        whole["pipeline"][name] = whole["pipeline"].get(name, {}) | values
+    file.write_text(yaml.safe_dump(whole))
+
+
+def test_text_that_is_not_there_is_refused(tmp_path, refused):
+    error = refused(data={"input": ["text/*.jsonl", "no/*.jsonl"]})
+    assert error.what == f"pipeline.data.input: nothing matches '{tmp_path}/no/*.jsonl'"
+
+
+def test_text_at_a_url_is_left_to_the_plan(file, slurm):
+    _change(file, data={"input": ["s3://b/*.jsonl"]})
+    assert _titans(file) == 0
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(tmp_path, refused):
+    (tmp_path / "tokenizer.model").unlink()
+    assert refused().where == "pipeline.data.tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("key", "override"),
+    [
+        ("data.manifest", "data.manifest=file/data/manifest.json"),
+        ("pipeline.export.directory", "pipeline.export={directory: file/model}"),
+        ("pipeline.eval.output", "pipeline.eval={output: file/eval}"),
+    ],
+)
+def test_a_place_that_a_later_stage_cannot_make_is_refused(key, override, tmp_path, refused):
+    (tmp_path / "file").touch()
+    error = refused(override)
+    assert error.where == key
+    assert f"{tmp_path}/file is no directory" in error.what
+
+
+def test_a_place_that_may_not_be_written_is_refused(tmp_path, refused, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path / "closed")
+    error = refused("pipeline.export={directory: closed/model}")
+    assert f"{tmp_path}/closed may not be written" in error.what
+
+
+def test_the_places_of_stages_that_are_done_are_not_looked_at(tmp_path, slurm):
+    file = write_config(tmp_path, data={"validation_fraction": 0.0})
+    write_checkpoint(file, tmp_path / "run", 6)
+    write_export(tmp_path / "run" / "model", 6)
+    (tmp_path / "run" / "eval").mkdir()
+    write_json(tmp_path / "run" / "eval" / "heldout.json", {"training_step": 6})
+    assert _titans(file, "--resume") == 0
+    assert not slurm.submitted
+
+
+def test_nothing_held_out_is_refused_before_the_evaluation_would_tell(refused):
+    assert refused("data.validation_fraction=0").where == "data.validation_fraction"
+    refused("data.validation_fraction=0", data={"options": ["--held-out=0.0"]})
+
+
+def test_documents_that_the_plan_will_hold_out_are_enough(file, slurm):
+    _change(file, data={"options": ["--held-out=0.01"]})
+    assert _titans(file, "data.validation_fraction=0") == 0
+
+
+@pytest.mark.parametrize(("tokens", "queued"), [(0, False), (900, True)])
+def test_of_data_that_is_there_the_manifest_tells_what_is_held_out(tokens, queued, tmp_path, slurm):
+    file = write_config(tmp_path)
+    manifest = {"fingerprint": "f" * 64, "held_out": [], "held_out_tokens": tokens}
+    write_json(tmp_path / "data" / "manifest.json", manifest)
+    assert _titans(file, "data.validation_fraction=0") == (0 if queued else 2)
+    assert bool(slurm.submitted) == queued
 
 
 def test_data_that_nobody_makes_is_refused(tmp_path, slurm):
@@ -156,7 +250,13 @@ def test_the_same_command_goes_on_where_the_chain_ended(tmp_path, file, run, slu
     slurm.end_all()
     slurm.submitted.clear()
     (run / "eval").mkdir()
-    (run / "eval" / "heldout.json").write_text("{}")
+    write_json(run / "eval" / "heldout.json", {"training_step": 4})
+    assert _titans(file) == 0
+    assert [stage for stage, _ in slurm.submitted] == ["eval"]  # that was of an earlier export
+
+    slurm.end_all()
+    slurm.submitted.clear()
+    write_json(run / "eval" / "heldout.json", {"training_step": 6})
     assert _titans(file) == 0
     assert not slurm.submitted
     assert "eval: done already" in capsys.readouterr().out
@@ -202,8 +302,7 @@ def test_a_damaged_last_checkpoint_is_not_the_end(tmp_path, run):
     assert pipeline.finished(config, run) is None
 
 
-def test_the_places_of_the_pipeline_are_frozen_as_absolute(file, tmp_path, monkeypatch, slurm):
-    monkeypatch.chdir(tmp_path)
+def test_the_places_of_the_pipeline_are_frozen_as_absolute(file, tmp_path, slurm):
     assert _titans(file) == 0
     told = run_config.load(tmp_path / "run" / "jobs" / "config.yaml").pipeline
     assert told.data.input == [str(tmp_path / "text/*.jsonl")]

@@ -79,6 +79,16 @@ def test_as_many_attempts_in_a_row_may_save_nothing_as_the_policy_says(restarts)
     assert f"{restarts} attempts in a row saved nothing new: why" in decision.reason
 
 
+def test_at_the_cap_a_time_limit_is_told_with_what_mends_it():
+    outcome = Outcome("stopped", "SIGUSR1", "limit")
+    decision = decide(outcome, FAILED, POLICY, current="7")
+    assert decision.exit_code == 1
+    assert "the time limit came before a checkpoint was saved" in decision.reason
+    for key in ("job.time", "job.signal_seconds", "checkpoint.every"):
+        assert key in decision.fix
+    assert "job.time" not in decide(Outcome("failed", "why"), FAILED, POLICY, current="7").fix
+
+
 def test_a_preemption_neither_counts_nor_ends_the_row():
     before = [attempt(1), attempt(2, asked="preempted"), attempt(3)]
     assert fruitless(before, "7") == 2

@@ -189,11 +189,19 @@ def test_a_nodes_last_words_of_its_own_go_before_others():
     }
 
 
+def test_the_nodes_do_not_meet_where_the_shell_that_submits_was_told(batch, monkeypatch):
+    others = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    for name in others:
+        monkeypatch.setenv(name, "7")
+    batch.srun(2, f"assert not {set(others)!r} & os.environ.keys()")
+    assert batch.check(2).problems == ()
+
+
 def test_a_step_that_does_not_end_is_ended_and_judged(batch, hurried):
     ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     batch.srun(2, text=f"#!{sys.executable}\n{ignore}\ntime.sleep(600)\n")
     verdict = batch.check(2)
-    assert verdict.seconds < 300
+    assert verdict.seconds < 120
     assert "all 2 nodes: no answer" in verdict.problems[0].what
 
 
@@ -248,3 +256,10 @@ def test_no_module_of_the_batch_process_or_of_a_nodes_checks_imports_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"), [("", False), ("8G", False), ("100", False), ("0", True), ("0G", True)]
+)
+def test_a_memory_of_zero_is_all_of_a_node(text, whole):
+    assert preflight.asks_all(text) is whole

@@ -120,6 +120,17 @@ def test_writing_stops_at_its_size(tmp_path):
     assert (tmp_path / "file").stat().st_size == 3 * 2**20
 
 
+def test_the_price_of_each_sync_is_not_taken_for_the_rate(tmp_path, monkeypatch):
+    clock = [0.0]
+
+    def sync(handle):
+        clock[0] += 0.1
+
+    monkeypatch.setattr(preflight_facts.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(preflight_facts.os, "fsync", sync)
+    assert write_rate(tmp_path / "file", 2**26) == pytest.approx(2**25 / 0.1)
+
+
 def test_gpus_are_told_by_name_and_errors_of_one_are_a_fault(task, nvidia_smi):
     nvidia_smi("echo 'NVIDIA H200, 0'; echo 'NVIDIA H200, 3'; echo 'NVIDIA H200, [N/A]'")
     facts = collected(with_(task, gpus=3))

@@ -255,12 +255,20 @@ def test_a_node_with_less_memory_than_the_job_asks_for_is_named():
     assert "32.0 GiB of memory; job.memory_per_node is 60.0 GiB" in problem.what
 
 
-def test_a_node_whose_memory_others_hold_is_named():
+@pytest.mark.parametrize("asked", [{"memory_bytes": 8 * 2**30}, {"all_memory": True}])
+def test_a_node_whose_memory_others_hold_is_named(asked):
     told = answers(3)
     told["n2"]["values"]["memory_free_bytes"] = 5 * 2**30
-    (problem,) = found(told)
+    (problem,) = found(told, **asked)
     assert problem.node == "n2"
     assert "5.0 GiB of memory free; most nodes have 60.0 GiB" in problem.what
+
+
+@pytest.mark.parametrize("asked", [0, 8 * 2**30])
+def test_memory_of_a_shared_node_that_other_jobs_hold_is_theirs(asked):
+    told = answers(3)
+    told["n2"]["values"]["memory_free_bytes"] = 25 * 2**30
+    assert found(told, memory_bytes=asked) == ()
 
 
 def with_gpus(count, number, name="H200"):

@@ -1,3 +1,5 @@
+import os
+import re
 import stat
 from pathlib import Path
 
@@ -207,15 +209,40 @@ class TestJobs:
         assert (found.state, found.restarts, found.end_time) == ("CANCELLED", 1, 1_700_000_030)
         assert found.finished
 
+    @pytest.mark.parametrize(
+        "accounting", ["echo 'error: Connection refused' >&2; exit 1", "exec sleep 60", None]
+    )
+    def test_an_accounting_that_is_away_remembers_nothing(self, commands, monkeypatch, accounting):
+        monkeypatch.setattr(slurm_command, "COMMAND_SECONDS", 1.0)
+        monkeypatch.setattr(slurm_command, "PAUSE_SECONDS", 60.0)
+        commands("squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+        if accounting:
+            commands("sacct", accounting)
+        else:
+            (Path(os.environ["CALLS"]) / "bin" / "sacct").write_text("not executable")
+        assert slurm_utils.job("999") is None
+
     def test_no_ids_ask_for_nothing(self, commands, calls):
         squeue(commands, row())
         assert slurm_utils.jobs([]) == []
         assert calls("squeue") == []
 
-    def test_one_s_own_jobs_are_asked_for_by_name(self, commands, calls):
-        squeue(commands, row())
-        slurm_utils.jobs()
-        assert "--user=" in calls("squeue")[0]
+    def test_of_thousands_of_one_s_own_jobs_no_columns_of_full_width_are_asked_for(
+        self, commands, calls
+    ):
+        values = ["120_4", "122", "120", "a|b", "me", "RUNNING", "None", "gpu3", "main"]
+        values += ["5", "6", "9", "3:04", "afterok:1", "gpu3"]
+        commands(
+            "squeue",
+            f"if [[ $* == *--Format=* ]]; then printf '%-64s%-12s\\n' 120_4 2; "
+            f"else echo '{slurm_jobs.SEPARATOR.join(values)}'; fi",
+        )
+        (found,) = slurm_utils.jobs()
+        assert (found.id, found.array, found.name, found.restarts) == ("120_4", "120", "a|b", 2)
+        assert (found.end_time, found.seconds_left, found.dependency) == (9, 184, "afterok:1")
+        assert all("--user=" in one for one in calls("squeue"))
+        asked = " ".join(calls("squeue"))
+        assert sum(map(int, re.findall(r":(\d+)", asked))) < 100
 
     def test_users_formats_and_zones_are_set_aside(self, commands, monkeypatch, tmp_path):
         monkeypatch.setenv("SQUEUE_FORMAT", "%i")
@@ -257,7 +284,7 @@ class TestPatience:
     def test_one_that_stays_away_is_an_error_with_its_words(self, commands, calls):
         commands("squeue", f"{self.GONE}; exit 1")
         with pytest.raises(slurm_utils.SlurmError) as caught:
-            slurm_command.run(["squeue"], patience=0.05)
+            slurm_command.run(["squeue"], patience=1.0)
         assert "Unable to contact slurm controller" in caught.value.what
         assert caught.value.where == "squeue"
         assert "scontrol ping" in caught.value.fix
@@ -268,6 +295,12 @@ class TestPatience:
         commands("squeue", "exec sleep 60")
         with pytest.raises(slurm_utils.SlurmError, match="timed out"):
             slurm_command.run(["squeue"], patience=0)
+
+    def test_a_command_that_may_not_be_run_is_told(self, commands, monkeypatch, tmp_path):
+        (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\n")
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+        with pytest.raises(slurm_utils.SlurmError, match="squeue cannot be run: Permission denied"):
+            slurm_utils.jobs(["1"])
 
     def test_a_missing_command_is_told(self, no_slurm):
         with pytest.raises(slurm_utils.SlurmError, match="squeue is not on this machine"):
@@ -373,21 +406,17 @@ class TestOrders:
         commands("scontrol", f"[[ $* == *config* ]] && echo '{config}' || echo '{partition}'")
         commands("sacctmgr", "echo 00:02:00")
         assert slurm_utils.grace_seconds("low", qos="cheap") == 120
+        commands("sacctmgr", "echo 'error: Connection refused' >&2; exit 1")
+        assert slurm_utils.grace_seconds("low", qos="cheap") is None
 
 
 class TestVersions:
     @pytest.mark.parametrize(
-        ("said", "expected", "known"),
-        [
-            ("slurm-wlm 22.05.8", (22, 5), ["--overlap"]),
-            ("slurm 24.11.1", (24, 11), ["--overlap"]),
-            ("slurm 19.05.5", (19, 5), []),
-        ],
+        ("said", "expected"), [("slurm-wlm 22.05.8", (22, 5)), ("slurm 24.11.1", (24, 11))]
     )
-    def test_options_of_later_versions_are_left_out(self, commands, said, expected, known):
+    def test_major_and_minor_are_read(self, commands, said, expected):
         commands("sbatch", f"echo {said}")
         assert slurm_utils.version() == expected
-        assert slurm_utils.known("--overlap") == known
 
 
 class TestRefusals:
@@ -395,14 +424,17 @@ class TestRefusals:
         "PartitionName=main Default=YES MaxNodes=UNLIMITED MaxTime=1-00:00:00 TotalNodes=4\n"
         "PartitionName=debug Default=NO MaxNodes=1 MaxTime=00:30:00 TotalNodes=4\n"
     )
-    NODES = "n1|64|500000|gpu:a100:4(S:0-1)|a100\nn2|64|500000|gpu:a100:4|a100\n"
+    NODES = (
+        "n1|64|500000|idle|gpu:a100:4(S:0-1)\nn2|64|500000|mixed|gpu:a100:4\n"
+        "n3|64|500000|{}|gpu:a100:4\nn4|8|500000|idle|(null)\n"
+    )
 
     @pytest.fixture
     def site(self, commands, tmp_path):
-        def refuse(said: str, *asked: str, associations: str = "") -> Path:
+        def refuse(said: str, *asked: str, associations: str = "", state: str = "idle") -> Path:
             commands("sbatch", f"echo '{said}' >&2; exit {int(bool(said))}")
             commands("scontrol", f"printf '%s' '{self.MAIN}'")
-            commands("sinfo", f"printf '%s' '{self.NODES}'")
+            commands("sinfo", f"printf '%s' '{self.NODES.format(state)}'")
             told = f"printf '{associations}'" if associations else "exit 1"
             commands("sacctmgr", told)
             path = tmp_path / "job.sbatch"
@@ -426,7 +458,14 @@ class TestRefusals:
             ("Invalid generic resource (gres) specification", "--gpus-per-node=1", "job.gpus", ""),
             ("unrecognized option --foo", "--foo=1", "job.options", "--foo"),
             ("Job dependency problem", "--dependency=afterok:1", "--after", ""),
-            ("Invalid job array specification", "--array=0-9", "pipeline.data.tasks", "0-9"),
+            ("Invalid job array specification", "--array=0-9", "--sweep", "0-9"),
+            (
+                "Job violates accounting/QOS policy (job submit limit, user's size and/or time "
+                "limits)",
+                "--time=9-0",
+                "job.qos",
+                "sacctmgr",
+            ),
             (WRONG, "--nodes=9", "job.nodes", "gives 4 at most"),
             (WRONG, "--gpus-per-node=h100:4", "job.gpu_type", "a100 x 4"),
             (WRONG, "--gpus-per-node=8", "job.gpus_per_node", "a100 x 4"),
@@ -438,7 +477,7 @@ class TestRefusals:
     )
     def test_names_key_and_fix(self, site, said, asked, where, told):
         with pytest.raises(UserError) as caught:
-            slurm_utils.test_only(site(said, asked))
+            slurm_utils.test_only(site(said.replace("'", "'\\''"), asked))
         assert caught.value.where.startswith(where)
         assert told in str(caught.value)
         assert caught.value.fix
@@ -447,12 +486,34 @@ class TestRefusals:
         with pytest.raises(UserError) as caught:
             slurm_utils.test_only(site(self.WRONG, "--mem=900G"), section="pipeline.stages.eval")
         assert caught.value.where == "pipeline.stages.eval.memory"
+        script = site("Invalid job array specification", "--array=0-9")
+        with pytest.raises(UserError) as caught:
+            slurm_utils.test_only(script, section="pipeline.stages.prepare")
+        assert caught.value.where == "pipeline.data.tasks"
+
+    @pytest.mark.parametrize("state", ["down*", "drained", "idle*", "maint"])
+    def test_nodes_that_are_down_now_are_waited_for(self, site, state):
+        asked = ("--nodes=3", "--gpus-per-node=4", "--cpus-per-task=64")
+        (told,) = slurm_utils.test_only(site(self.WRONG, *asked, state=state))
+        assert (
+            told == "1 nodes of partition main are down or drained now, the job will wait for them"
+        )
+
+    def test_nodes_that_are_down_excuse_nothing_that_none_has(self, site):
+        with pytest.raises(UserError, match="no 4 nodes with it"):
+            slurm_utils.test_only(site(self.WRONG, "--nodes=4", "--mem=900G", state="down"))
+        with pytest.raises(UserError, match="SLURM refuses the job"):
+            slurm_utils.test_only(site(self.WRONG, "--nodes=2", state="down"))
 
     def test_more_time_than_the_partition_gives_is_refused_where_slurm_lets_it_wait(self, site):
         with pytest.raises(UserError, match="partition debug gives 00:30:00"):
             slurm_utils.test_only(site("", "--partition=debug", "--time=1:00:00"))
         slurm_utils.test_only(site("", "--partition=debug,main", "--time=1:00:00"))
-        slurm_utils.test_only(site("", "--time=1-00:00:00"))
+        assert slurm_utils.test_only(site("", "--time=1-00:00:00")) == []
+
+    def test_a_quality_of_service_may_lift_the_partition_s_time(self, site):
+        (told,) = slurm_utils.test_only(site("", "--partition=debug", "--time=9:0:0", "--qos=long"))
+        assert "the job waits for ever unless qos long allows more" in told
 
     def test_an_account_that_is_none_of_mine_is_refused_where_slurm_takes_any(self, site):
         known = "research|\\nteaching|debug\\n"
@@ -463,6 +524,20 @@ class TestRefusals:
 
     def test_without_accounting_any_account_passes(self, site):
         slurm_utils.test_only(site("", "--account=whatever"))
+
+    @pytest.mark.parametrize("how", ["Connection refused", "absent", "no right"])
+    def test_an_accounting_that_cannot_be_asked_refuses_nothing(
+        self, site, commands, tmp_path, how
+    ):
+        script = site("", "--account=whatever")
+        tool = tmp_path / "bin" / "sacctmgr"
+        if how == "Connection refused":
+            commands("sacctmgr", f"echo 'sacctmgr: error: {how}' >&2; exit 1")
+        elif how == "absent":
+            tool.unlink()
+        else:
+            tool.chmod(0o644)
+        assert slurm_utils.test_only(script) == []
 
     def test_options_of_a_script_end_where_its_commands_begin(self, tmp_path):
         path = tmp_path / "x.sbatch"

@@ -112,6 +112,143 @@ def test_a_run_that_nobody_runs_is_told_and_an_old_trigger_is_taken_away(run, sl
     assert capsys.readouterr().out == told
 
 
+@pytest.mark.parametrize("name", ["titans-pretrain", "anything"])
+def test_a_job_that_was_queued_by_hand_is_the_runs_by_its_attempt(run, slurm, name, capsys):
+    run.job("5")
+    run.attempt(1, job="7", name=name)
+    slurm.jobs = [job("5", "COMPLETED"), job("7", "RUNNING", name)]
+    assert stop.stop(run.path) == 0
+    assert (run.path / "stop").exists()
+    assert "asked job 7 to stop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("known", "left"),
+    [([], True), ([job("7", "RUNNING", "renamed")], True), ([job("7", "FAILED", "mine")], False)],
+)
+def test_an_old_trigger_stays_while_an_attempt_may_be_at_work(run, slurm, known, left):
+    run.job("5")
+    run.attempt(1, job="7", name="mine")
+    slurm.jobs = known
+    (run.path / "stop").touch()
+    assert stop.stop(run.path) == 0
+    assert (run.path / "stop").exists() == left
+
+
+def test_an_old_trigger_stays_beside_attempts_that_cannot_be_read(run, slurm):
+    run.attempt(1)
+    (run.path / "attempts/attempt-1.json").write_text("{")
+    (run.path / "stop").touch()
+    stop.stop(run.path)
+    assert (run.path / "stop").exists()
+
+
+def test_a_waiting_job_that_begins_meanwhile_is_asked_and_not_killed(run, slurm, capsys):
+    run.job("7")
+    run.job("8", "export")
+    slurm.jobs = [job("7", "PENDING"), job("8", "PENDING")]
+    slurm.beginning = ["7"]
+    stop.stop(run.path)
+    assert slurm.cancelled == ["8"]
+    assert (run.path / "stop").exists()
+    out = capsys.readouterr().out
+    assert "cancelled job 7" not in out
+    assert "asked job 7 to stop" in out
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_what_begins_meanwhile_and_is_to_end_is_cancelled_then(run, slurm, now, capsys):
+    run.job("6", "prepare")
+    slurm.jobs = [job("6", "PENDING")]
+    slurm.beginning = ["6"]
+    stop.stop(run.path, now=now)
+    assert slurm.cancelled == ["6"]
+    assert "cancelled job 6 (prepare), which ran; what it has finished" in capsys.readouterr().out
+
+
+def test_at_once_a_job_that_is_queued_meanwhile_is_cancelled_too(chain, slurm, monkeypatch):
+    chain.attempt(1, job="7", next_job="10")
+    slurm.coming = [job("10", "PENDING")]
+    touched = []
+    slurm_cancel = stop.slurm_utils.cancel
+
+    def cancel(name, **more):
+        touched.append((chain.path / "stop").exists())
+        slurm_cancel(name, **more)
+
+    monkeypatch.setattr(stop.slurm_utils, "cancel", cancel)
+    stop.stop(chain.path, now=True)
+    assert slurm.cancelled == ["9", "8", "7", "10"]
+    assert all(touched)
+    assert not (chain.path / "stop").exists()
+
+
+@pytest.fixture
+def elsewhere(run, monkeypatch):
+    """The run, on a machine without SLURM's commands."""
+    monkeypatch.setattr(slurm_command, "available", lambda: False)
+    return run
+
+
+def queued(run):
+    run.job("7")
+
+
+def starting(run):
+    run.job("7")
+    run.attempt(1, job="7")
+
+
+def requeued(run):
+    run.attempt(1, job="7", ended=200.0, verdict="killed", action="requeue", next_job="7")
+
+
+def submitted_again(run):
+    run.attempt(1, job="7", ended=200.0, verdict="stopped", action="end")
+    run.job("7")
+    run.job("8")
+
+
+@pytest.mark.parametrize("state", [queued, starting, requeued, submitted_again])
+def test_without_slurms_commands_a_run_that_may_begin_is_asked(elsewhere, state, capsys):
+    run = elsewhere
+    state(run)
+    with pytest.raises(UserError, match="SLURM's commands are not here"):
+        stop.stop(run.path, now=True)
+    assert not (run.path / "stop").exists()
+    assert stop.stop(run.path) == 0
+    assert (run.path / "stop").exists()
+    out = capsys.readouterr().out
+    assert "asked its job, if SLURM starts one, to stop" in out
+    assert "nobody runs" not in out
+
+
+def test_without_slurms_commands_waiting_ends_when_the_request_is_heard(elsewhere, monkeypatch):
+    run = elsewhere
+    queued(run)
+    monkeypatch.setattr(stop, "POLL_SECONDS", 0.01)
+    thread = threading.Thread(target=lambda: stop.stop(run.path, wait=True), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 120
+    while not (run.path / "stop").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert thread.is_alive()
+    (run.path / "stop").unlink()
+    thread.join(120)
+    assert not thread.is_alive()
+
+
+def test_without_slurms_commands_a_run_that_has_ended_is_not_asked(elsewhere, capsys):
+    run = elsewhere
+    run.job("7")
+    run.attempt(1, job="7", ended=200.0, verdict="done", action="finish")
+    stop.stop(run.path)
+    assert not (run.path / "stop").exists()
+    assert "nobody runs" in capsys.readouterr().out
+
+
 def test_slurm_that_does_not_answer_stops_nothing_silently(run, slurm):
     run.job("7")
     slurm.answers = False

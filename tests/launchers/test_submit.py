@@ -1,5 +1,6 @@
 """``titans submit`` of one run: what it prints, refuses, writes and queues."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -89,6 +90,22 @@ def test_it_waits_for_the_jobs_named(tmp_path, run, slurm):
     assert rows(run)[0]["depends"] == ["7"]
 
 
+@pytest.mark.parametrize("states", [["FAILED"], ["COMPLETED", "TIMEOUT"], ["RUNNING", "CANCELLED"]])
+def test_it_does_not_wait_for_a_job_that_ended_badly(states, tmp_path, slurm, run):
+    slurm.known = [job_of(f"7_{element}", "other", state) for element, state in enumerate(states)]
+    with pytest.raises(UserError, match=f"has ended as {states[-1]}"):
+        submit.submit(str(write_config(tmp_path)), after=["7"])
+    assert not slurm.submitted
+    assert not run.exists()
+
+
+def test_it_does_not_wait_for_a_job_that_ended_well(tmp_path, slurm, run, capsys):
+    slurm.known = [job_of("7", "other", "COMPLETED"), job_of("8", "other", "RUNNING")]
+    assert _titans(write_config(tmp_path), "--after", "7", "8") == 0
+    assert slurm.submitted == [("train", ["--dependency=afterok:8,singleton"])]
+    assert "job 7 has ended well already" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("word", ["999", "abc", "1;2", "--help="])
 def test_it_does_not_wait_for_a_job_that_is_none(word, tmp_path, slurm, run):
     with pytest.raises(UserError, match="job"):
@@ -142,6 +159,55 @@ def test_a_job_that_was_queued_but_not_recorded_is_found_by_its_name(tmp_path, r
     (run / "jobs" / "jobs.jsonl").unlink()
     with pytest.raises(UserError, match="11"):
         submit.submit(str(file))
+
+
+def test_another_job_that_has_a_recorded_id_is_in_nobodys_way(tmp_path, run, slurm):
+    file = write_config(tmp_path)
+    assert _titans(file) == 0
+    slurm.known = [job_of("11", "titans-another-01234567", "RUNNING")]
+    assert _titans(file) == 0
+    assert [row["job"] for row in rows(run)] == ["11", "12"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("titans-run-{run}", True),
+        ("titans-renamed-since-{run}", True),
+        ("titans-run-{run}-export", True),
+        ("titans-run.sweep-{above}-sweep", True),
+        ("titans-run-{above}", False),
+        ("titans-run-{run}x", False),
+        ("titans-moved-01234567", True),
+        ("titans-pretrain", True),
+        ("titans-run-76543210", False),
+        ("bash", False),
+        ("", False),
+    ],
+)
+def test_a_noted_job_is_the_runs_by_its_name(name, own, tmp_path, run):
+    digests = {
+        key: hashlib.sha256(str(place).encode()).hexdigest()[:8]
+        for key, place in (("run", run), ("above", tmp_path))
+    }
+    (run / "jobs").mkdir(parents=True)
+    (run / "jobs" / "train.sbatch").write_text("#SBATCH --job-name=titans-moved-01234567\n")
+    assert submitted.is_own(run, job_of("11", name.format(**digests))) == own
+
+
+def test_a_run_reached_by_a_link_has_the_name_that_it_has_without(tmp_path, run, slurm):
+    run.mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for directory in (run, tmp_path / "link" / "run"):
+        assert _titans(write_config(tmp_path), f"run.directory={directory}", "--resume") in (0, 2)
+    assert len({job.name for job in slurm.known}) == 1
+
+
+def test_why_a_job_may_wait_is_told_and_keeps_nothing_back(tmp_path, slurm, capsys):
+    slurm.waits = ["2 nodes are down"]
+    assert _titans(write_config(tmp_path)) == 0
+    assert "warning: train: 2 nodes are down\n" in capsys.readouterr().err
+    assert len(slurm.submitted) == 1
 
 
 def test_with_resume_a_second_job_queues_behind_the_first(tmp_path, run, slurm, capsys):

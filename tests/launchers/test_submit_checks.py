@@ -105,6 +105,13 @@ def test_a_grace_too_short_for_the_storage_that_was_given(refused):
     assert "job.signal_seconds: 120 is too short" in error.what
 
 
+def test_a_rate_that_was_only_measured_raises_doubt_and_refuses_nothing(tmp_path):
+    run = run_config.load(write_config(tmp_path))
+    checks.of_run(run, tmp_path)
+    assert "job.signal_seconds: 120 is too short" in checks.doubt(run, tmp_path, 100.0)
+    assert checks.doubt(run, tmp_path, 1e12) == ""
+
+
 def test_the_slowest_step_counts_into_the_grace(refused, tmp_path):
     write_checkpoint(write_config(tmp_path), tmp_path / "run", 2)
     write_json(tmp_path / "run" / "last_save.json", {"step": 2, "seconds": 100.0, "bytes": 1})
@@ -139,18 +146,21 @@ def test_no_room_for_a_checkpoint(refused, monkeypatch):
     assert "a checkpoint takes about" in refused().what
 
 
-def test_a_module_that_is_not_there(refused, tmp_path, monkeypatch):
+def test_modules_are_loaded_one_upon_the_other_and_the_first_that_fails_is_told(
+    refused, tmp_path, monkeypatch
+):
     asked = tmp_path / "asked"
     monkeypatch.setenv("BASH_ENV", "")
     home = tmp_path / "home"
     home.mkdir()
     (home / ".bash_profile").write_text(
-        f'module() {{ printf "%s\\n" "$*" >>{asked}; [ "$2" = cuda/12.4 ]; }}\n'
+        f'module() {{ printf "%s\\n" "$*" >>{asked}\n'
+        'case $2 in gcc/12) in_gcc=1 ;; openmpi/4) [ "${in_gcc:-}" ] ;; *) false ;; esac; }\n'
     )
     monkeypatch.setenv("HOME", str(home))
-    error = refused(job={"modules": ["cuda/12.4", "nccl/9"]})
-    assert error.what == "job.modules: no module 'nccl/9'"
-    assert asked.read_text() == "is-avail cuda/12.4\nis-avail nccl/9\n"
+    error = refused(job={"modules": ["gcc/12", "openmpi/4", "nccl/9", "never"]})
+    assert error.what.startswith("job.modules: module nccl/9 cannot be loaded on ")
+    assert asked.read_text() == "load gcc/12\nload openmpi/4\nload nccl/9\n"
 
 
 def test_modules_are_not_asked_for_where_there_is_no_such_command(tmp_path, slurm, monkeypatch):

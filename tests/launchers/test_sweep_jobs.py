@@ -93,7 +93,7 @@ def test_the_order_of_the_axes_does_not_matter():
 def test_the_same_command_goes_on_with_what_is_not_finished(tmp_path, place, slurm, capsys):
     file = write_config(tmp_path)
     assert _titans(file, "--sweep", "train.seed=1,2,3,4") == 0
-    slurm.known = [job_of("11_2", "titans-sweep", "RUNNING")]
+    slurm.known = [job_of("11_2", slurm.known[0].name, "RUNNING")]
     for index in (0, 1):
         config = place / f"{index:04d}" / "jobs" / "config.yaml"
         write_checkpoint(config, place / f"{index:04d}", 6 if index == 0 else 2)
@@ -105,6 +105,28 @@ def test_the_same_command_goes_on_with_what_is_not_finished(tmp_path, place, slu
     assert _array(place) == "#SBATCH --array=1,3"
     assert [row["job"] for row in rows(place / "0001")] == ["11_1", "12_1"]
     assert [row["job"] for row in rows(place / "0002")] == ["11_2"]
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_an_array_whose_runs_do_not_know_of_it_is_not_queued_again(
+    noted, tmp_path, place, slurm, monkeypatch, capsys
+):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    file = write_config(tmp_path)
+    monkeypatch.setattr(sweep, "_tell", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.submit(str(file), [], ["train.seed=1,2,3"])
+    monkeypatch.undo()
+    slurm.install(monkeypatch)
+    name = slurm.known[0].name
+    if not noted:
+        (place / "jobs" / "jobs.jsonl").unlink()
+    slurm.known = [job_of("11_0", name), job_of("11_2", name), job_of("9_1", "another")]
+    assert sweep.submit(str(file), [], ["train.seed=1,2,3"]) == 0
+    assert "0002: in job 11_2 already" in capsys.readouterr().out
+    assert _array(place) == "#SBATCH --array=1"
 
 
 def test_a_sweep_whose_runs_are_all_finished_says_so(tmp_path, place, slurm, capsys):

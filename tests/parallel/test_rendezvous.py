@@ -9,14 +9,15 @@ from titans_pretrain.parallel.rendezvous import MissingRanks, meet
 
 @pytest.fixture
 def rank(monkeypatch):
-    """``rank(number, ranks)``: this process is that rank of a start that waits a second."""
+    """``rank(number, ranks)``: this process is that rank of a start that has no other ranks."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    monkeypatch.setattr(rendezvous, "PATIENCE", timedelta(seconds=1))
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
 
     def be(number, ranks):
+        seconds = 3 if ranks > 1 else 60
+        monkeypatch.setattr(rendezvous, "PATIENCE", timedelta(seconds=seconds))
         names = {"RANK": number, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         for name, value in (names | {"MASTER_ADDR": "127.0.0.1"}).items():
             monkeypatch.setenv(name, str(value))

@@ -3,7 +3,12 @@
 import json
 import os
 import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from slurm_cluster import Cluster, until
@@ -67,7 +72,7 @@ class Run:
         every: int,
         asynchronous: bool = True,
         hang_seconds: float = 20,
-        **job: object,
+        **job: Any,
     ) -> None:
         self.cluster, self.path, self.steps = cluster, path, steps
         self._pace = path.with_suffix(".pace")
@@ -88,6 +93,7 @@ class Run:
             "run": {"directory": str(path), "hang_seconds": hang_seconds},
             "job": {"preflight": False, "environment": environment, "time": "30"} | job,
         }
+        self.ranks = job.get("nodes", 1) * job.get("ranks_per_node", 1)
         self.config = path.with_suffix(".yaml")
         self.config.write_text(yaml.safe_dump(tree))
 
@@ -99,6 +105,24 @@ class Run:
 
     def submit(self):
         assert cli.main(["submit", str(self.config)]) in (None, 0)
+
+    @contextmanager
+    def left_alone(self) -> Iterator[Callable[[], int]]:
+        """Train meanwhile without SLURM; waits for the end and gives the exit code."""
+        command = [sys.executable, "-m", "titans_pretrain.cli", "train", str(self.config)]
+        log = self.path.with_suffix(".log")
+        with open(log, "w") as out:
+            launcher = subprocess.Popen(
+                [*command, "--ranks", str(self.ranks)],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=out,
+                stderr=out,
+            )
+        try:
+            yield lambda: launcher.wait(300)
+        finally:
+            launcher.kill()
+            launcher.wait()
 
     def finish(self, seconds=300):
         """Wait until the run's last job has ended, without any failure."""
@@ -131,6 +155,11 @@ class Run:
         text = path.read_text() if path.exists() else ""
         lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+
+    @property
+    def steps_done(self):
+        """The steps of metrics.jsonl in order, validations left out."""
+        return [row["step"] for row in self.rows() if "loss" in row]
 
     def tensors(self):
         """Every tensor of the last checkpoint."""

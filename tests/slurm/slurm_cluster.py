@@ -3,7 +3,7 @@
 Each node lives in its own host-name, process and mount namespace where the kernel allows it:
 `hostname` in a job is the node's name, `crash` is a power loss, and `scratch` is a directory of
 the node's own. Everything is kept in the cluster's directory; outside it are only marked lines in
-/etc/hosts and the link /etc/slurm/slurm.conf where there was none.
+/etc/hosts. All of it goes when the process that started it ends, however that ends.
 
     cluster = free_cluster()
     cluster.start()
@@ -18,7 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
+import sys
 import threading
 from collections.abc import Collection
 from contextlib import ExitStack, suppress
@@ -35,6 +35,8 @@ FIRST_PORT, PORTS, SLOTS = 16800, 20, 26
 UNSHARE = ["unshare", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
 # the first process of a node reaps; when it dies the kernel kills all the others
 NODE = 'mount --bind "$2" "$3" && hostname "$1" && { slurmd -D -N "$1" & wait $!; }'
+# a line tells that all is cleaned up; the end of input without one, that we are gone
+GUARD = 'read -r || exec "$@"'
 
 
 def missing() -> str:
@@ -72,7 +74,7 @@ def free_cluster(nodes: int = 4, extra: str = "", isolate: bool | None = None) -
     for slot in range(SLOTS):
         prefix = "node" + (chr(ord("a") + slot) if slot else "")
         port = FIRST_PORT + PORTS * slot
-        directory = Path(tempfile.gettempdir(), f"titans-slurm-{prefix}")
+        directory = host.PLACE / f"titans-slurm-{prefix}"
         cluster = Cluster(directory, port, prefix, nodes, extra, isolate)
         with suppress(ClusterError):
             cluster.hold()
@@ -129,6 +131,7 @@ class Cluster(SlurmCommands):
         block = port // PORTS % 256
         self.addresses = {name: f"127.0.{block}.{i}" for i, name in enumerate(self.nodes, 1)}
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._guard: subprocess.Popen[bytes] | None = None
         self._holder = ExitStack()
         self.is_held = False
         self._lifter: threading.Thread | None = None
@@ -160,6 +163,7 @@ class Cluster(SlurmCommands):
         try:
             if self.directory.exists():
                 self.clean()
+            self._start_guard()
             self._write_files()
             self._start_munge()
             self.controller_boot()
@@ -186,6 +190,9 @@ class Cluster(SlurmCommands):
         for child in self._children.values():
             child.wait()
         self._children.clear()
+        if self._guard is not None:
+            self._guard.communicate(b"\n")
+            self._guard = None
         self.release()
 
     def clean(self) -> None:
@@ -197,7 +204,6 @@ class Cluster(SlurmCommands):
         host.send(host.daemons(self.logs), signal.SIGKILL)
         until(lambda: not host.daemons(self.logs), 30, "the daemons to end")
         host.remove_names(self.directory)
-        host.unlink_conf(self.conf)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def reset(self, extra: str | None = None) -> None:
@@ -319,7 +325,6 @@ class Cluster(SlurmCommands):
         (self.directory / "gres.conf").write_text(gpus)
         self._write_conf(self.extra)
         host.add_names(self.directory, self.addresses)
-        host.link_conf(self.conf)
 
     def _write_conf(self, extra: str) -> None:
         """Writes slurm.conf; a running controller and its nodes read it again if it changed."""
@@ -341,6 +346,18 @@ class Cluster(SlurmCommands):
                 stderr=out,
                 start_new_session=True,
             )
+
+    def _start_guard(self) -> None:
+        """Starts the process that cleans up if we are killed; our other children may go on."""
+        clean = [sys.executable, __file__, self.directory, self.port, self.prefix]
+        self._guard = subprocess.Popen(
+            ["bash", "-c", GUARD, "guard", *map(str, clean)],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def _start_munge(self) -> None:
         munge = self.directory / "munge"
@@ -413,3 +430,16 @@ class Cluster(SlurmCommands):
                     if lift and (job, restarts) not in lifted:
                         lifted.add((job, restarts))
                         self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
+
+
+def clean_up(directory: str, port: str, prefix: str) -> None:
+    """Removes an instance whose process is gone, unless another has taken it."""
+    left = Cluster(Path(directory), int(port), prefix, nodes=0, isolate=False)
+    with suppress(ClusterError):
+        left.hold()
+        left.clean()
+        left.release()
+
+
+if __name__ == "__main__":
+    clean_up(*sys.argv[1:])

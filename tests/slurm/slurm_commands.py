@@ -49,10 +49,16 @@ class SlurmCommands:
         return kept | {"SLURM_CONF": str(self.conf), "PATH": path}
 
     def run(self, *command: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs a command in this cluster's environment; its output is text."""
+        """Runs a command in this cluster's environment and directory; its output is text."""
         words = [str(word) for word in command]
         done = subprocess.run(
-            words, env=self.environment, text=True, capture_output=True, check=False, timeout=120
+            words,
+            env=self.environment,
+            cwd=self.conf.parent if self.conf.parent.is_dir() else None,
+            text=True,
+            capture_output=True,
+            check=False,
+            timeout=120,
         )
         if check and done.returncode:
             raise ClusterError(f"{' '.join(words)}: exit {done.returncode}\n{done.stderr}")

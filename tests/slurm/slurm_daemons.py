@@ -1,4 +1,4 @@
-"""What a test cluster does to the host: its daemons' processes, its slurm.conf, names and link.
+"""What a test cluster does to the host: its daemons' processes, its slurm.conf and names.
 
 Nothing is remembered in process ids: a daemon is found by the log that it holds open, so that an
 instance left by a killed test run is found as well as one's own.
@@ -6,16 +6,17 @@ instance left by a killed test run is found as well as one's own.
 
 import fcntl
 import os
+import shutil
 import signal
 import socket
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DAEMONS = {"munged", "slurmctld", "slurmd", "slurmstepd", "unshare", "bash"}
 HOSTS = Path("/etc/hosts")
-SYSTEM_CONF = Path("/etc/slurm/slurm.conf")
+PLACE = Path("/tmp")
+"""Of all instances and locks, whatever TMPDIR is: they share the host's ports and names."""
 
 GPUS = 8
 CPUS = 128
@@ -164,7 +165,7 @@ def _mark(directory: Path, which: str) -> str:
 
 def _edit_hosts(directory: Path, block: str) -> None:
     begin, end = _mark(directory, "begin"), _mark(directory, "end")
-    with locked(Path(tempfile.gettempdir(), "titans-slurm-hosts.lock"), wait=True):
+    with locked(PLACE / "titans-slurm-hosts.lock", wait=True):
         text = HOSTS.read_text()
         before, found, after = text.partition(begin)
         if found:
@@ -172,25 +173,23 @@ def _edit_hosts(directory: Path, block: str) -> None:
         if block and text and not text.endswith("\n"):
             text += "\n"
         if text + block != HOSTS.read_text():
-            # in place: containers mount this file, and a mounted file cannot be replaced
-            HOSTS.write_text(text + block)
+            _rewrite(HOSTS, text + block)
 
 
-def link_conf(conf: Path) -> None:
-    """Makes /etc/slurm/slurm.conf point to ours where there is none, or a dead link of ours."""
-    temporary = Path(tempfile.gettempdir()).resolve()
-    dead = SYSTEM_CONF.is_symlink() and not SYSTEM_CONF.exists()
-    if dead and temporary in Path(os.readlink(SYSTEM_CONF)).parents:
-        SYSTEM_CONF.unlink(missing_ok=True)
-    SYSTEM_CONF.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        SYSTEM_CONF.symlink_to(conf)
-
-
-def unlink_conf(conf: Path) -> None:
-    """Removes the link that `link_conf` made, and no other."""
-    if SYSTEM_CONF.is_symlink() and Path(os.readlink(SYSTEM_CONF)) == conf:
-        SYSTEM_CONF.unlink()
+def _rewrite(path: Path, text: str) -> None:
+    """Replaces a file's text; one killed meanwhile leaves the old or the new."""
+    path = path.resolve()
+    beside = path.with_name(f".{path.name}.titans-slurm")
+    try:
+        shutil.copy2(path, beside)
+        beside.write_text(text)
+        beside.replace(path)
+    except OSError:  # a container mounts this file, and a mounted file cannot be replaced
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        with open(path, "r+") as handle:
+            handle.write(text)
+            handle.truncate()
 
 
 @contextmanager

@@ -31,11 +31,14 @@ def main() -> int:
     run = RunDirectory(Path(config.run.directory))
     play = (read_json(run.path / "plays.json") or {}).get(str(ATTEMPT), "train")
     steps = layout.steps(run.checkpoints)
+    begun = run.path / f"environment-{ATTEMPT}.json"
     if RANK == 0:
         run.create()
         run.outcome.unlink(missing_ok=True)
         run.error.unlink(missing_ok=True)
-        (run.path / f"environment-{ATTEMPT}.json").write_text(json.dumps(dict(os.environ)))
+        write_json(begun, dict(os.environ))
+    while not begun.exists():  # rank 0 has removed what earlier attempts told
+        time.sleep(0.05)
     return Rank(run, config, max(steps, default=0)).play(play)
 
 
@@ -54,7 +57,6 @@ class Rank:
         if name == "refuse":
             return self.fail(2, "the data is not there")
         if name == "linger":
-            time.sleep(3)  # rank 0 removes what was told before
             self.fail(75, "step 2 hangs")
             self.only_beat()
         if name == "deaf":

@@ -1,6 +1,9 @@
 """Attempts of a run on a real cluster, with ranks that play their part in seconds."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 from attempt_cases import StubRun
@@ -20,6 +23,23 @@ def started(run, attempt=1, step=2):
 
 def begun(run, number):
     until(lambda: len(run.attempts) >= number, 60, f"attempt {number} to begin")
+
+
+def words(pid):
+    """A process's command; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def is_srun(pid):
+    return words(pid).startswith(b"srun\0")
+
+
+def starts_ranks(pid):
+    """Whether a process is `titans attempt`, or srun or its helper."""
+    return is_srun(pid) or b"quick_attempt.py" in words(pid)
 
 
 def test_a_run_trains_to_its_end(slurm, tmp_path):
@@ -76,30 +96,36 @@ def test_the_users_mistake_is_not_tried_again(slurm, tmp_path):
     assert "the data is not there" in run.log
 
 
-def test_the_batch_script_tells_the_ranks_of_its_signal_and_nothing_is_lost(slurm, tmp_path):
-    run = StubRun(tmp_path / "run", plays=["slow"])
+def test_a_signal_is_told_to_the_ranks_and_is_that_of_the_limit_only_near_it(slurm, tmp_path):
+    plays = ["slow", "slow"]
+    run = StubRun(tmp_path / "run", plays=plays, signal_seconds=245, preempt_seconds=7.5)
     job = slurm.submit(run.script)
     started(run)
     slurm.run("scancel", "--batch", "--signal=USR1", job)
+    begun(run, 2)
+    started(run, 2, run.attempts[1].step_from + 2)
+    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=60")
+    slurm.run("scancel", "--batch", "--signal=USR1", job)
     assert slurm.wait(job) == {"COMPLETED"}
-    first, second = run.attempts
-    assert (first.verdict, first.asked, first.lost_steps) == ("stopped", "preempted", 0)
-    assert second.step_from == first.step_to > 0
+    first, second, third = run.attempts
+    assert [first.asked, second.asked] == ["limit", "preempted"]
+    assert "SIGUSR1" in first.reason
+    assert "SIGTERM" in second.reason  # how ranks know a preemption
+    assert [first.lost_steps, second.lost_steps] == [0, 0]
+    assert (second.step_from, third.step_from) == (first.step_to, second.step_to)
     assert run.steps == list(range(1, 21))
-
-
-def test_a_signal_near_the_time_limit_is_that_of_the_limit(slurm, tmp_path):
-    run = StubRun(tmp_path / "run", plays=["slow"], signal_seconds=245, preempt_seconds=7.5)
-    job = slurm.submit(run.script)
-    started(run)
-    slurm.run("scancel", "--batch", "--signal=USR1", job)
-    assert slurm.wait(job) == {"COMPLETED"}
-    assert run.attempts[0].asked == "limit"
-    assert "SIGUSR1" in run.attempts[0].reason
     assert run.environment(1)["TITANS_PREEMPT_SECONDS"] == "7.5"
 
 
-@pytest.mark.parametrize("settings", ["", "SlurmctldParameters=preempt_send_user_signal"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "",
+        pytest.param(
+            "SlurmctldParameters=preempt_send_user_signal", marks=pytest.mark.slow, id="user signal"
+        ),
+    ],
+)
 def test_a_preempted_run_goes_on_when_its_nodes_are_free_again(slurm, tmp_path, settings):
     slurm.reconfigure(settings)
     run = StubRun(tmp_path / "run", plays=["slow"], nodes=4)
@@ -158,12 +184,14 @@ def test_ranks_that_fall_silent_are_ended_with_the_evidence_kept(slurm, tmp_path
     assert "sign of life" in (kept / "why.txt").read_text()
 
 
+@pytest.mark.slow
 def test_ranks_that_never_begin_are_ended(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["mute"], start_seconds=10)
     assert slurm.wait(slurm.submit(run.script)) == {"COMPLETED"}
     assert "within 10 s of the start" in run.attempts[0].reason
 
 
+@pytest.mark.slow
 def test_a_step_that_outlives_its_ranks_report_is_ended(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["linger"])
     job = slurm.submit(run.script)
@@ -184,6 +212,7 @@ def test_the_node_of_a_killed_rank_is_left_out(slurm, tmp_path):
     assert first.nodes[1] not in second.nodes
 
 
+@pytest.mark.slow
 def test_a_node_is_not_left_out_where_the_job_needs_all(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["hang"], nodes=4, ranks_per_node=1)
     assert slurm.wait(slurm.submit(run.script)) == {"COMPLETED"}
@@ -191,6 +220,7 @@ def test_a_node_is_not_left_out_where_the_job_needs_all(slurm, tmp_path):
     assert run.attempts[0].action == "requeue"
 
 
+@pytest.mark.slow
 def test_a_step_that_ends_without_a_word_is_a_failure(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["nothing"])
     assert slurm.wait(slurm.submit(run.script)) == {"COMPLETED"}
@@ -213,6 +243,7 @@ def test_the_users_stop_file_ends_the_run_until_the_next_submission(slurm, tmp_p
     assert run.steps == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_by_policy_a_stopped_run_is_left_to_its_user(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["slow"], on_stop="exit")
     job = slurm.submit(run.script)
@@ -237,20 +268,30 @@ def test_of_two_jobs_of_one_run_the_second_refuses(slurm, tmp_path):
 
 
 def test_a_thawed_batch_host_finds_its_run_in_other_hands_and_does_nothing(slurm, tmp_path):
-    run = StubRun(tmp_path / "run", plays=["slow", "slow"], nodes=1, restarts=5)
+    """Its attempt and srun wake before SLURM can end them, as after an outage of the network."""
+    run = StubRun(tmp_path / "run", plays=["slow", "slow"], steps=30, nodes=1, restarts=5)
     job = slurm.submit(run.script)
     started(run)
     (host,) = run.attempts[0].nodes
     slurm.node_hang(host)
+    old = [pid for pid in slurm.node_processes(host) if starts_ranks(pid)]
     slurm.run("scontrol", "update", f"nodename={host}", "state=down", "reason=frozen")
     begun(run, 2)
+    started(run, 2, run.attempts[1].step_from + 2)
     records = run.attempts
+    for pid in old:
+        if is_srun(pid):
+            os.kill(pid, signal.SIGTERM)  # by which it ends its step, whose number that is
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: not any(map(starts_ranks, old)), 60, "the old attempt to find itself replaced")
+    done = run.steps[-1]
+    until(lambda: run.steps[-1] >= done + 3, 30, "the new attempt to go on")
     slurm.node_thaw(host)
     assert slurm.wait(job) == {"COMPLETED"}
     assert slurm.restarts(job) == 1
     assert run.attempts[0] == records[0]
     assert run.verdicts == ["killed", "done"]
-    assert len(slurm.jobs()) == len({job, *slurm.jobs()})
+    assert "another start of the job" in run.log
 
 
 def test_an_allocation_that_does_not_fit_is_refused(slurm, tmp_path):
@@ -260,6 +301,7 @@ def test_an_allocation_that_does_not_fit_is_refused(slurm, tmp_path):
     assert run.attempts == []
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["slow"])
     job = slurm.submit(run.script)
@@ -271,6 +313,7 @@ def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):
     assert slurm.wait(slurm.submit(run.script)) == {"COMPLETED"}
 
 
+@pytest.mark.slow
 def test_one_element_of_an_array_requeues_alone(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["crash"])
     job = slurm.submit("--array=3", "-o", f"{run.path}/logs/slurm-%A_%a.log", run.script)

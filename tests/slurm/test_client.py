@@ -94,6 +94,7 @@ def test_failed_and_cancelled_jobs_are_told_apart(slurm: Cluster, script):
     slurm_utils.cancel("999999")
 
 
+@pytest.mark.slow
 def test_a_requeued_job_runs_again_and_counts_it(slurm: Cluster, script, tmp_path):
     told = f"echo $SLURM_RESTART_COUNT >>{tmp_path}/told; sleep 60"
     submitted = slurm_utils.submit(script(told, "requeue"))
@@ -108,6 +109,7 @@ def test_a_requeued_job_runs_again_and_counts_it(slurm: Cluster, script, tmp_pat
         slurm_utils.requeue("999999")
 
 
+@pytest.mark.slow
 def test_elements_of_an_array_are_jobs_of_their_own(slurm: Cluster, script, tmp_path):
     each = (
         f"{sys.executable} -P - <<'E' >{tmp_path}/$SLURM_ARRAY_TASK_ID\n"
@@ -124,6 +126,7 @@ def test_elements_of_an_array_are_jobs_of_their_own(slurm: Cluster, script, tmp_
     assert {one.array for one in elements} == {submitted}
 
 
+@pytest.mark.slow
 def test_a_waiting_array_is_listed_element_by_element(slurm: Cluster, script):
     submitted = slurm_utils.submit(script("true", "array=0-5%2"), ["--hold"])
     assert [one.id for one in slurm_utils.jobs([submitted])] == [
@@ -132,6 +135,7 @@ def test_a_waiting_array_is_listed_element_by_element(slurm: Cluster, script):
     assert slurm_utils.job(f"{submitted}_4").state == "PENDING"
 
 
+@pytest.mark.slow
 def test_dependencies_hold_a_job_and_can_be_changed(slurm: Cluster, script):
     first = slurm_utils.submit(script("sleep 60", name="first"))
     second = slurm_utils.submit(script("sleep 60", name="second"))
@@ -146,6 +150,7 @@ def test_dependencies_hold_a_job_and_can_be_changed(slurm: Cluster, script):
     assert state(first) == "RUNNING"
 
 
+@pytest.mark.slow
 def test_a_chain_behind_a_failure_ends_by_itself(slurm: Cluster, script):
     first = slurm_utils.submit(script("exit 2", name="first"))
     after = f"--dependency={slurm_utils.dependency('afterok', [first])}"
@@ -170,6 +175,7 @@ def test_a_signal_reaches_the_batch_script_alone_or_the_tasks(slurm: Cluster, sc
     until(lambda: told.read_text() == "batch\ntask\n", SECONDS, "the task to tell")
 
 
+@pytest.mark.slow
 def test_a_controller_restart_is_waited_for(slurm: Cluster, script):
     kept = slurm_utils.submit(script("sleep 60"))
     reaches(kept, "RUNNING")
@@ -266,6 +272,33 @@ def test_what_slurm_would_not_run_is_refused_with_the_fix(slurm: Cluster, tmp_pa
         assert told in str(caught.value)
 
 
+def test_a_job_for_nodes_that_are_down_now_is_queued_with_a_word_about_it(slurm: Cluster, tmp_path):
+    path = tmp_path / "x.sbatch"
+    path.write_text(files(nodes=3)["train"])
+    down = ",".join(slurm.nodes[:2])
+    slurm.run("scontrol", "update", f"nodename={down}", "state=drain", "reason=test")
+    try:
+        (told,) = slurm_utils.test_only(path)
+        assert told.startswith("2 nodes of partition main are down or drained now")
+        assert state(slurm_utils.submit(path, ["--output=/dev/null"])) == "PENDING"
+        path.write_text(files(nodes=3, gpus_per_node=9)["train"])
+        with pytest.raises(UserError, match="no 3 nodes with it"):
+            slurm_utils.test_only(path)
+    finally:
+        slurm.run("scontrol", "update", f"nodename={down}", "state=resume")
+
+
+def test_a_user_s_jobs_are_listed_as_they_are_told_one_by_one(slurm: Cluster, script):
+    array = slurm_utils.submit(script("true", "array=0-3%1", name="first"), ["--hold"])
+    after = slurm_utils.dependency("afterok", [array])
+    later = slurm_utils.submit(script("true", name="later"), [f"--dependency={after}"])
+    listed = {one.id: one for one in slurm_utils.jobs()}
+    found = slurm_utils.jobs([array, later])
+    assert len(found) == 5
+    assert [listed[one.id] for one in found] == found
+
+
+@pytest.mark.slow
 def test_more_time_than_the_partition_gives_is_refused(slurm: Cluster, tmp_path):
     path = tmp_path / "x.sbatch"
     path.write_text(files(partition="low", time="2:00:00")["train"])
@@ -294,6 +327,7 @@ def test_a_generated_file_runs_with_its_quoting_log_and_signal(slurm: Cluster, t
     assert f"<attempt><{run}/jobs/config.yaml>" in log
 
 
+@pytest.mark.slow
 def test_a_missing_module_ends_the_job_with_the_user_s_code(slurm: Cluster, tmp_path):
     (tmp_path / "logs").mkdir()
     path = tmp_path / "train.sbatch"
@@ -322,6 +356,7 @@ def test_a_step_starts_its_ranks_node_by_node_with_all_gpus_in_sight(
     ]
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_ends_the_step(slurm: Cluster, script, tmp_path):
     section = whole(nodes=2).job
     tell = "[ $SLURM_PROCID = 0 ] && exit 7; exec sleep 3600"

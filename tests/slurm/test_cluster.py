@@ -1,16 +1,18 @@
 """The test cluster itself: it runs jobs as a real one, breaks on demand, and leaves nothing."""
 
+import errno
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, ClusterError, free_cluster, missing, until
-from slurm_daemons import HOSTS, daemons, tasks
+from slurm_daemons import HOSTS, add_names, daemons, remove_names, tasks
 
 needs_isolation = "nodes share this host's names and processes here"
 BEAT = """i=0
@@ -85,6 +87,7 @@ def test_node_names_resolve_and_each_node_has_a_directory_of_its_own(slurm, tmp_
     assert not list(slurm.directory.glob("local/*/*"))
 
 
+@pytest.mark.slow
 def test_an_array_runs_its_elements_with_a_bound(slurm, tmp_path):
     job = slurm.submit(
         "--array=0-5%2", "-o", tmp_path / "%a", "--wrap", "test $SLURM_ARRAY_TASK_ID != 3"
@@ -167,6 +170,7 @@ def test_settings_are_back_after_a_reset(slurm):
     assert "preempt_send_user_signal" not in slurm.run("scontrol", "show", "config").stdout
 
 
+@pytest.mark.slow
 def test_a_reset_ends_jobs_and_brings_back_nodes_and_controller(slurm, tmp_path):
     job = beating(slurm, tmp_path / "beat")
     (node,) = slurm.wait_running(job)
@@ -180,6 +184,7 @@ def test_a_reset_ends_jobs_and_brings_back_nodes_and_controller(slurm, tmp_path)
     assert all(slurm.node_processes(name) for name in slurm.nodes)
 
 
+@pytest.mark.slow
 def test_instances_live_side_by_side_and_leave_nothing(slurm, new_cluster, tmp_path):
     other = new_cluster(nodes=2, extra="SlurmctldParameters=preempt_send_user_signal")
     assert not set(other.nodes) & set(slurm.nodes)
@@ -189,19 +194,15 @@ def test_instances_live_side_by_side_and_leave_nothing(slurm, new_cluster, tmp_p
     ]
     assert len(set(jobs)) == 2
     assert slurm.wait(jobs[0]) == other.wait(jobs[1]) == {"COMPLETED"}
-    before = HOSTS.read_text()
     other.stop()
     assert not other.directory.exists()
     assert not daemons(other.logs)
-    assert HOSTS.read_text() == re.sub(
-        rf"# test cluster {other.directory} begin\n.*?{other.directory} end\n",
-        "",
-        before,
-        flags=re.S,
-    )
+    assert f"{other.directory} " not in HOSTS.read_text()
+    assert f"{slurm.addresses[slurm.nodes[0]]} {slurm.nodes[0]}\n" in HOSTS.read_text()
     assert set(slurm.node_states().values()) == {"idle"}
 
 
+@pytest.mark.slow
 def test_works_without_namespaces(new_cluster, tmp_path):
     cluster = new_cluster(nodes=2, isolate=False)
     job = beating(cluster, tmp_path / "beat", "-N2")
@@ -230,26 +231,46 @@ from slurm_cluster import free_cluster
 cluster = free_cluster(nodes=1, isolate={isolate})
 cluster.start()
 print(cluster.submit("-o", "/dev/null", "--wrap", "srun sleep 1000"), flush=True)
-print(cluster.directory, flush=True)
+print(cluster.directory, cluster._guard.pid, flush=True)
 time.sleep(1000)
 """
 
 
-@pytest.mark.parametrize("isolate", [None, False])
-def test_an_instance_left_by_a_killed_test_run_is_cleaned_by_the_next(isolate):
+@contextmanager
+def orphaned(isolate: bool | None, number: signal.Signals, *, guarded: bool) -> Iterator[Path]:
+    """An instance's directory, its process just killed."""
     if reason := missing():
         pytest.skip(reason)
     code = ORPHAN.format(here=str(Path(__file__).parent), isolate=isolate)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as left:
         left.stdout.readline()
-        directory = Path(left.stdout.readline().strip())
-        left.send_signal(signal.SIGKILL)
-    assert daemons(directory / "log")
-    free_cluster().release()
-    assert not daemons(directory / "log")
-    assert not tasks(directory / "slurm.conf")
-    assert not directory.exists()
-    assert str(directory) not in HOSTS.read_text()
+        directory, guard = left.stdout.readline().split()
+        if not guarded:
+            os.kill(int(guard), signal.SIGKILL)
+        left.send_signal(number)
+    yield Path(directory)
+    assert not daemons(Path(directory, "log"))
+    assert not tasks(Path(directory, "slurm.conf"))
+    assert not Path(directory).exists()
+    assert directory not in HOSTS.read_text()
+
+
+@pytest.mark.parametrize(
+    ("isolate", "number"),
+    [(None, signal.SIGTERM), pytest.param(False, signal.SIGKILL, marks=pytest.mark.slow)],
+)
+def test_an_instance_goes_with_the_process_that_started_it(isolate, number):
+    with orphaned(isolate, number, guarded=True) as directory:
+        lock = directory.with_suffix(".lock")
+        until(lambda: not directory.exists() and not lock.exists(), 60, "all to be cleaned up")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolate", [None, False])
+def test_an_instance_left_by_a_killed_test_run_is_cleaned_by_the_next(isolate):
+    with orphaned(isolate, signal.SIGKILL, guarded=False) as directory:
+        assert daemons(directory / "log")
+        free_cluster().release()
 
 
 def test_a_cluster_in_use_is_left_alone(slurm):
@@ -273,3 +294,61 @@ def test_says_that_root_is_needed(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name, path: name)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "needs root" in missing()
+
+
+@pytest.fixture
+def hosts(tmp_path, monkeypatch):
+    path = tmp_path / "hosts"
+    path.write_text("127.0.0.1 localhost\n")
+    path.chmod(0o640)
+    monkeypatch.setattr("slurm_daemons.HOSTS", path)
+    monkeypatch.setattr("slurm_daemons.PLACE", tmp_path)
+    return path
+
+
+def test_the_hosts_file_is_whole_at_every_moment(hosts, monkeypatch):
+    real, seen = Path.write_text, []
+
+    def write_text(path, text):
+        seen.append(hosts.read_text() if path != hosts else "written in place")
+        return real(path, text)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    add_names(Path("/tmp/x"), {"node1": "127.0.1.1"})
+    assert seen == ["127.0.0.1 localhost\n"]
+    assert hosts.read_text().splitlines()[2] == "127.0.1.1 node1"
+    assert hosts.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in hosts.parent.iterdir()] == ["hosts"]
+
+
+def test_a_hosts_file_that_cannot_be_replaced_is_written_in_place(hosts, monkeypatch):
+    def busy(path, target):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(Path, "replace", busy)
+    add_names(Path("/tmp/x"), {"node1": "127.0.1.1"})
+    assert "node1" in hosts.read_text()
+    remove_names(Path("/tmp/x"))
+    assert hosts.read_text() == "127.0.0.1 localhost\n"
+    assert [path.name for path in hosts.parent.iterdir()] == ["hosts"]
+
+
+def test_instances_and_locks_are_in_one_place_whatever_tmpdir_is(monkeypatch, tmp_path):
+    if reason := missing():
+        pytest.skip(reason)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    cluster = free_cluster()
+    cluster.release()
+    assert cluster.directory.parent == Path("/tmp")
+
+
+def test_a_job_that_names_no_log_leaves_none_here(slurm):
+    job = slurm.submit("--wrap", "true")
+    assert slurm.wait(job) == {"COMPLETED"}
+    assert not Path(f"slurm-{job}.out").exists()
+    assert (slurm.directory / f"slurm-{job}.out").exists()
+
+
+def test_the_machines_own_slurm_conf_is_left_alone(slurm):
+    own = Path("/etc/slurm/slurm.conf")
+    assert not own.is_symlink() or Path(os.readlink(own)) != slurm.conf

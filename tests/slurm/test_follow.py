@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from attempt_cases import HERE, ROOT, StubRun
 from slurm_cluster import Cluster
 from slurm_commands import until
 
-from launchers import run_state, submitted
+from launchers import run_state, slurm_utils, submitted
 
 NAME = "titans-follow-01234567"
 SCRIPT = """#!/bin/bash
@@ -107,6 +108,45 @@ def test_a_number_that_is_another_jobs_now_is_left_alone(slurm, run):
     submitted.record(run, "train", other, [], script)
     assert said("stop", run, "--now").startswith(f"nobody runs {run}")
     assert slurm.states(other) == {"PENDING"}
+
+
+def by_hand(slurm: Cluster, run: StubRun, *options: str) -> str:
+    """Queues a run with the ready file, as its head shows."""
+    python = run.path.parent / "python"
+    attempt = (
+        f'exec {sys.executable} -P {HERE}/quick_attempt.py "$5"'  # -P -m titans… attempt CONFIG
+    )
+    python.write_text(f"#!/bin/sh\n{attempt}\n")
+    python.chmod(0o755)
+    given = {"CONFIG": run.config, "TITANS_PYTHON": python, "PYTHONPATH": ROOT}
+    variables = ",".join(f"{name}={value}" for name, value in given.items())
+    shape = ["--nodes=2", "--ntasks-per-node=2", "--time=5", f"--chdir={run.path.parent}"]
+    ready = ROOT / "launchers" / "pretrain.sbatch"
+    return slurm.submit(*shape, f"--export=ALL,{variables}", *options, ready)
+
+
+@pytest.mark.parametrize("name", ["titans-pretrain", "anything"])
+def test_a_job_that_was_queued_by_hand_is_shown_and_stopped(slurm, tmp_path, name):
+    run = StubRun(tmp_path / "run", plays=["slow"], steps=10_000, every=0)
+    job = by_hand(slurm, run, f"--job-name={name}")
+    until(lambda: (run.path / "metrics.jsonl").exists(), 60, "a step")
+    assert stages(run.path) == {"train": "RUNNING"}
+    printed = said("logs", run.path)
+    assert printed.startswith(f"==> {tmp_path}/slurm-{name}-{job}.log <==\n")
+    assert "attempt 1: " in printed
+    assert f"asked job {job} to stop" in said("stop", run.path, "--wait")
+    assert run.verdicts == ["stopped"]
+    assert run.attempts[0].asked == "user"
+    slurm.wait(job)
+
+
+def test_a_job_that_has_begun_is_not_cancelled_as_one_that_waits(slurm):
+    running = slurm.submit("-o", "/dev/null", "--wrap", "sleep 300")
+    slurm.wait_running(running)
+    waiting = slurm.submit("--hold", "--wrap", "true")
+    for job in (running, waiting, waiting):
+        slurm_utils.cancel(job, waiting=True)
+    assert (slurm.states(running), slurm.states(waiting)) == ({"RUNNING"}, {"CANCELLED"})
 
 
 def test_a_controller_that_is_down_is_told_and_nothing_waits_for_it(slurm, run):

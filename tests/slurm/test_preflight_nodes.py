@@ -107,6 +107,7 @@ def test_a_node_without_the_interpreter_is_named(preflight, odd_python, slurm):
     assert "Exited with exit code 127" in told["problems"][0]["what"]
 
 
+@pytest.mark.slow
 def test_a_frozen_node_is_named_within_the_time_given(preflight, odd_python, slurm):
     python = odd_python(slurm.nodes[1], "kill -STOP $$")
     told = preflight(4).submit("job.preflight_seconds=20", python=python).told()

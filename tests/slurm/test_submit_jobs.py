@@ -32,6 +32,9 @@ def interpreter(tmp_path):
 def file(tmp_path, interpreter):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text("{}")
+    text, tokenizer = tmp_path / "a.jsonl", tmp_path / "t.model"
+    text.touch()
+    tokenizer.touch()
     content = {
         "model": MODEL,
         "data": {"manifest": str(tmp_path / "data" / "manifest.json"), "sequence_length": 32},
@@ -39,7 +42,9 @@ def file(tmp_path, interpreter):
         "checkpoint": {"every": 2},
         "run": {"directory": str(tmp_path / "run")},
         "job": {"python": str(interpreter.path), "time": "5", "nodes": 2},
-        "pipeline": {"data": {"input": ["a.jsonl"], "tokenizer": "t.model", "tasks": 3}},
+        "pipeline": {
+            "data": {"input": [str(text)], "tokenizer": str(tokenizer), "tasks": 3},
+        },
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(content))

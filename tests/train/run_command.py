@@ -26,7 +26,7 @@ class Run:
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         )
 
-    def train(self, *arguments, timeout=120, **environment):
+    def train(self, *arguments, timeout=240, **environment):
         """Run the command to its end: exit code, standard output, standard error."""
         return end(self.start(*arguments, **environment), timeout)
 
@@ -58,7 +58,7 @@ class Run:
             for path in (self.directory / "checkpoints").glob("step-*")
         )
 
-    def wait_for_step(self, step, process, timeout=90):
+    def wait_for_step(self, step, process, timeout=240):
         deadline = time.monotonic() + timeout
         while not any(row["step"] >= step for row in self.rows()):
             assert process.poll() is None, process.communicate()
@@ -71,7 +71,7 @@ class Run:
         return [ranks[str(rank)]["pid"] for rank in range(len(ranks))]
 
 
-def end(process, timeout=120):
+def end(process, timeout=240):
     try:
         out, complaints = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -9,25 +9,30 @@ TIMES = {"TITANS_JOB_END": "1100", "TITANS_PREEMPT_SECONDS": "30"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "signal", "left"),
+    ("environment", "terminated", "left"),
     [
-        ({}, "SIGTERM", math.inf),
+        ({}, 995.0, math.inf),
         (TIMES, None, 100),
-        (TIMES, "SIGUSR1", 100),
-        (TIMES, "SIGTERM", 25),
-        (TIMES | {"TITANS_JOB_END": "1010"}, "SIGTERM", 10),
-        ({"TITANS_PREEMPT_SECONDS": "30"}, "SIGTERM", 25),
+        (TIMES, 995.0, 25),
+        (TIMES | {"TITANS_JOB_END": "1010"}, 995.0, 10),
+        ({"TITANS_PREEMPT_SECONDS": "30"}, 995.0, 25),
     ],
 )
-def test_time_ends_with_the_job_and_after_sigterm_with_the_grace(environment, signal, left):
-    assert seconds_left(environment, now=1000.0, signal=signal, came=995.0) == left
+def test_time_ends_with_the_job_and_after_sigterm_with_the_grace(environment, terminated, left):
+    assert seconds_left(environment, now=1000.0, terminated=terminated) == left
+
+
+@pytest.mark.parametrize(("terminated", "left"), [(None, math.inf), (995.0, 25)])
+def test_an_end_that_has_passed_was_put_off(terminated, left):
+    extended = TIMES | {"TITANS_JOB_END": "999"}
+    assert seconds_left(extended, now=1000.0, terminated=terminated) == left
 
 
 @pytest.mark.parametrize("name", TIMES)
 @pytest.mark.parametrize("text", ["soon", "", "nan"])
 def test_a_time_that_is_no_number_is_refused(name, text):
     with pytest.raises(UserError, match=name):
-        seconds_left({name: text}, now=0.0, signal="SIGTERM", came=0.0)
+        seconds_left({name: text}, now=0.0, terminated=0.0)
 
 
 @pytest.mark.parametrize(

@@ -95,3 +95,26 @@ def test_a_rank_that_was_frozen_looks_at_once_who_has_the_run(make, monkeypatch)
     made._run()
     assert len(seen) == 2  # at the first beat and after the gap, not in between
     assert next(times, None) is None
+
+
+def test_the_last_record_says_where_the_run_ended(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat, "POLL_SECONDS", 600.0)
+    monkeypatch.setattr(heartbeat, "END_SECONDS", 60.0)
+    made, place, _ = make(2)
+    made.start()
+    place.enter("ending", step=9)
+    made.end()
+    record = heartbeat.read(RunDirectory(tmp_path))[2]
+    assert (record["phase"], record["step"]) == ("ending", 9)
+
+
+def test_a_directory_is_made_only_where_there_is_none(tmp_path, monkeypatch):
+    run = RunDirectory(tmp_path)
+    heartbeat.write(run, {"rank": 0, "told": "x"})
+
+    def refuse(self, **how):
+        raise AssertionError
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    heartbeat.write(run, {"rank": 0, "told": "y"})
+    assert heartbeat.read(run)[0]["told"] == "y"

@@ -1,11 +1,14 @@
+import errno
 import fcntl
 import json
 import os
+import time
 
 import pytest
 
-from titans_pretrain.errors import UserError
-from titans_pretrain.train import lease
+from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.train import heartbeat, lease
+from titans_pretrain.train.directory import RunDirectory
 from titans_pretrain.train.lease import Fenced, Lease, attempt_number
 
 
@@ -23,7 +26,7 @@ def make(tmp_path):
         one.release()
 
 
-@pytest.mark.parametrize(("held", "wants"), [(0, 0), (0, 5), (2, 2), (3, 2), (2, 0)])
+@pytest.mark.parametrize(("held", "wants"), [(0, 0), (0, 5), (2, 2), (2, 0)])
 def test_a_run_that_is_held_is_refused_unless_by_an_earlier_attempt(make, tmp_path, held, wants):
     make("one", held).take()
     with pytest.raises(UserError, match="another process is training this run: ") as caught:
@@ -59,8 +62,8 @@ def test_a_fenced_holder_that_gives_back_frees_nothing(make):
     earlier.take()
     later.take()
     earlier.release()
-    with pytest.raises(UserError, match="attempt 2"):
-        make("three", 1).take()
+    with pytest.raises(UserError, match="another process is training this run: attempt 2"):
+        make("three", 2).take()
 
 
 def test_other_ranks_see_who_holds_the_run_without_holding_it(make):
@@ -91,17 +94,116 @@ def test_the_lock_tells_who_holds_it(make, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_without_locks_the_later_start_has_the_run(make, monkeypatch):
+@pytest.mark.parametrize("wants", [1, 2])
+def test_an_attempt_that_a_later_one_followed_is_refused_though_the_lock_is_free(make, wants):
+    later = make("two", 3)
+    later.take()
+    later.release()
+    with pytest.raises(UserError, match=f"attempt {wants} comes after a later one: attempt 3, "):
+        make("one", wants).take()
+    make("three").take()  # by hand, once the attempts are over
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """A file system that cannot lock."""
+
     def no_locks(handle, how):
-        raise OSError("no locks")
+        raise OSError(errno.EOPNOTSUPP, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    earlier, later = make("one"), make("two")
-    earlier.take()
-    later.take()
-    later.check()
+
+
+def beat(tmp_path, start, age):
+    record = {"rank": 0, "start": start, "time": time.time() - age}
+    heartbeat.write(RunDirectory(tmp_path), record)
+
+
+@pytest.mark.parametrize(("held", "wants"), [(0, 0), (2, 2), (2, 0), (0, 2)])
+def test_without_locks_signs_of_life_keep_the_run(make, tmp_path, without_locks, held, wants):
+    holder = make("one", held)
+    holder.take()
+    beat(tmp_path, "one", age=1)
+    with pytest.raises(UserError, match="another process is training this run"):
+        make("two", wants).take()
+    holder.check()
+    beat(tmp_path, "one", age=lease.FRESH_SECONDS + 1)
+    make("two", wants).take()
     with pytest.raises(Fenced):
-        earlier.check()
+        holder.check()
+
+
+def test_without_locks_a_later_attempt_takes_the_run_and_an_earlier_one_does_not(
+    make, tmp_path, without_locks
+):
+    make("one", 1).take()
+    beat(tmp_path, "one", age=1)
+    make("two", 2).take()
+    with pytest.raises(UserError, match="attempt 1 comes after a later one"):
+        make("three", 1).take()
+
+
+@pytest.mark.parametrize("name", ["outcome.json", "error.json"])
+def test_without_locks_a_start_that_told_its_end_keeps_nothing(make, tmp_path, without_locks, name):
+    make("one").take()
+    beat(tmp_path, "one", age=1)
+    (tmp_path / name).write_text('{"start": "one"}')
+    make("two").take()
+
+
+def test_a_lock_that_fails_otherwise_is_told(make, monkeypatch):
+    def failing(handle, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", failing)
+    with pytest.raises(TitansError, match="cannot lock the run: No locks available"):
+        make("one").take()
+
+
+def test_a_later_attempt_that_an_earlier_one_replaced_puts_its_own_file_back(make):
+    first, second, third = make("one", 1), make("two", 2), make("three", 3)
+    first.take()
+    third.take()
+    second._put_own()  # it had looked before the third came
+    second.check()
+    other_rank = make("three", 3)
+    other_rank.check()
+    third.check()
+    third.check()
+    with pytest.raises(Fenced, match="attempt 3"):
+        second.check()
+    with pytest.raises(UserError, match="another process"):
+        make("four", 3).take()
+
+
+def refuse_writing(monkeypatch, *modes):
+    def refusing(path, mode="r", **how):
+        if mode in modes:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open(path, mode, **how)
+
+    monkeypatch.setattr(lease, "open", refusing, raising=False)
+
+
+def test_someone_else_s_lock_is_looked_at_and_replaced_where_the_directory_allows(
+    make, monkeypatch
+):
+    held = make("one", 1)
+    held.take()
+    refuse_writing(monkeypatch, "a+")
+    with pytest.raises(UserError, match="another process is training"):
+        make("two", 1).take()
+    make("three", 2).take()
+
+
+@pytest.mark.parametrize("modes", [("a+", "r"), ("x",)])
+def test_a_lock_that_may_not_be_replaced_is_told_with_its_owner(make, tmp_path, monkeypatch, modes):
+    (tmp_path / ".lock").touch()
+    refuse_writing(monkeypatch, *modes)
+    owner = (tmp_path / ".lock").owner()
+    with pytest.raises(UserError, match=f"the run's lock is {owner}'s") as caught:
+        make("one").take()
+    assert caught.value.where == str(tmp_path / ".lock")
 
 
 def test_a_lock_that_another_start_replaced_meanwhile_is_looked_at_again(make, monkeypatch):

@@ -123,6 +123,15 @@ def test_a_run_that_begins_again_keeps_decisions_but_follows_none(path):
     assert metrics.last_rollback(path, 0) is None
 
 
+def test_a_validation_s_row_is_found_by_its_step(path):
+    assert not metrics.has_validation(path, 2)
+    log = metrics.MetricsLog(path, step=None)
+    train(log, 1, 2)
+    log.write({"step": 1, "validation_loss": 2.0})
+    assert metrics.has_validation(path, 1)
+    assert not metrics.has_validation(path, 2)
+
+
 def test_losses_are_written_unrounded(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics.MetricsLog(path, step=0).write({"step": 1, "loss": 0.1 + 0.2})

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from titans_pretrain.train import outcome
@@ -55,10 +57,51 @@ def test_a_run_s_files_are_looked_for_once_a_second(tmp_path, monkeypatch):
 
 
 def test_a_directory_that_cannot_be_read_asks_for_nothing(tmp_path, monkeypatch):
-    def refuse(self):
+    def refuse(self, **how):
         raise PermissionError
 
     triggers = Triggers(RunDirectory(tmp_path))
-    monkeypatch.setattr("pathlib.Path.exists", refuse)
+    monkeypatch.setattr("pathlib.Path.stat", refuse)
     triggers.look()
     assert (triggers.stop, triggers.save) == (False, False)
+
+
+@pytest.fixture
+def triggers(tmp_path, monkeypatch):
+    """Look at every call."""
+    monkeypatch.setattr("titans_pretrain.train.triggers.SECONDS", 0.0)
+    made = Triggers(RunDirectory(tmp_path))
+    (tmp_path / "save").touch()
+    made.look()
+    return made
+
+
+def test_the_file_save_goes_once_the_checkpoint_is_whole_and_asks_for_no_second_one(
+    triggers, tmp_path
+):
+    assert triggers.save
+    triggers.serve_save(5, 4)
+    triggers.look()
+    triggers.saved(4)
+    assert not triggers.save
+    assert (tmp_path / "save").exists()
+    triggers.saved(5)
+    assert not (tmp_path / "save").exists()
+
+
+def test_a_state_that_is_whole_already_answers_save_at_once(triggers, tmp_path):
+    triggers.serve_save(5, 5)
+    assert not (tmp_path / "save").exists()
+    assert not triggers.save
+
+
+def test_a_save_that_is_asked_for_again_meanwhile_is_another_one(triggers, tmp_path):
+    triggers.serve_save(5, None)
+    os.utime(tmp_path / "save", ns=(1, 1))
+    triggers.look()
+    assert triggers.save
+    triggers.saved(5)
+    assert (tmp_path / "save").exists()
+    triggers.serve_save(6, 5)
+    triggers.saved(6)
+    assert not (tmp_path / "save").exists()

@@ -19,14 +19,23 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", ASKING)
-def test_the_first_signal_and_its_time_are_remembered(number):
+def test_the_first_signal_and_the_time_of_the_first_sigterm_are_remembered(number):
     stop = StopRequest()
     assert stop.name is None
-    before = time.time()
     signal.raise_signal(number)
+    assert (stop.terminated is None) == (number != signal.SIGTERM)
+    before = time.time()
     signal.raise_signal(signal.SIGTERM)
     assert stop.name == number.name
-    assert before <= stop.time <= time.time()
+    assert number == signal.SIGTERM or before <= stop.terminated <= time.time()
+
+
+def test_a_second_sigterm_does_not_put_the_end_off():
+    stop = StopRequest()
+    signal.raise_signal(signal.SIGTERM)
+    stop.terminated = first = 5.0
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.terminated == first
 
 
 def test_a_signal_in_the_middle_of_a_long_call_is_known_at_once():

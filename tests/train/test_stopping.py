@@ -11,7 +11,7 @@ from run_command import end
 CALM = {"train": {"steps": 10_000, "validation_every": 0}, "checkpoint": {"every": 0}}
 
 
-def wait_for(condition, process, timeout=60):
+def wait_for(condition, process, timeout=200):
     deadline = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -57,7 +57,9 @@ def test_files_ask_for_a_checkpoint_and_for_the_end_and_are_consumed(make_run):
     assert (told["attempt"], told["saved"], told["saved_step"]) == (6, "before", last)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)]
+)
 def test_a_save_that_does_not_fit_into_the_time_left_is_not_begun(make_run, number):
     run = make_run(**CALM)
     run.directory.mkdir()

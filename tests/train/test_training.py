@@ -28,7 +28,7 @@ def is_gone(pid):
     return False
 
 
-def wait_until(condition, timeout=15):
+def wait_until(condition, timeout=60):
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline

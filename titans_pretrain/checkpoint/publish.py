@@ -1,5 +1,7 @@
 """Rank 0's part of a save: from the ranks' files to a checkpoint with a name."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -46,15 +48,15 @@ class Place:
     @property
     def aside(self) -> Path:
         """Where a checkpoint that is replaced waits until its successor is in place."""
-        return self._hidden("replaced")
+        return self._hidden(self.owner, retention.REPLACED)
 
     @property
     def doing(self) -> str:
         """The save in words, for errors."""
         return f"saving {self.path.name}"
 
-    def _hidden(self, name: str) -> Path:
-        return self.root / f".{self.path.name}{name and '.'}{name}{TEMPORARY_SUFFIX}"
+    def _hidden(self, name: str, suffix: str = TEMPORARY_SUFFIX) -> Path:
+        return self.root / f".{self.path.name}{name and '.'}{name}{suffix}"
 
 
 def prepare(
@@ -170,10 +172,20 @@ def check_files(
 
 
 def _name(place: Place) -> None:
-    """Give the temporary directory the checkpoint's name; from here on it counts."""
+    """Give the temporary directory the checkpoint's name; from here on it counts.
+
+    Where the next start has removed that directory, the checkpoint of the name stays.
+    """
+    if not place.temporary.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "another start removed it", str(place.temporary))
     if place.path.exists():
         shutil.rmtree(place.aside, ignore_errors=True)
         os.rename(place.path, place.aside)
         log.warning("%s was damaged, or another start's, and is replaced", place.path)
-    os.rename(place.temporary, place.path)
+    try:
+        os.rename(place.temporary, place.path)
+    except OSError:
+        with contextlib.suppress(OSError):  # there is none, or its place is taken
+            os.rename(place.aside, place.path)
+        raise
     sync_directory(place.root)

@@ -12,15 +12,18 @@ from titans_pretrain.checkpoint import manifest
 from titans_pretrain.files import TEMPORARY_SUFFIX
 
 DYING = f".removed{TEMPORARY_SUFFIX}"
+REPLACED = f".replaced{TEMPORARY_SUFFIX}"
 log = logging.getLogger(__name__)
 
 
 def remove_leftovers(root: Path) -> list[str]:
     """Remove what interrupted saves and prunings left in ``root``; log and return their names.
 
-    Only who holds the run may do so, while it saves nothing. Another start's process that still
-    writes there finds its directory gone, and can give it no name any more.
+    A checkpoint that was to be replaced and has no successor gets its name back. Only who holds
+    the run may do so, while it saves nothing. Another start's process that still writes there
+    finds its directory gone, and can give it no name any more.
     """
+    _give_back(root)
     patterns = (f".step-*{TEMPORARY_SUFFIX}", f".{layout.LATEST}.*{TEMPORARY_SUFFIX}")
     leftovers = sorted(path for pattern in patterns for path in root.glob(pattern))
     for path in leftovers:
@@ -59,6 +62,15 @@ def prune(root: Path, step: int, keep: int, keep_every: int = 0) -> list[int]:
         and _problems(path) is not None
         and _delete(path)
     ]
+
+
+def _give_back(root: Path) -> None:
+    """Undo replacements that ended between taking the old name away and giving the new one."""
+    for path in sorted(root.glob(f".step-*{REPLACED}")):
+        name = path.name.removeprefix(".").split(".")[0]
+        if not (root / name).exists():
+            os.rename(path, root / name)
+            log.warning("%s was to be replaced, but had no successor: it is back", root / name)
 
 
 def _remove(path: Path) -> None:

@@ -59,7 +59,9 @@ def _task_has_own_gpu() -> bool:
 
 @contextlib.contextmanager
 def process_group(
-    device: torch.device, hosts: Callable[[], Sequence[str]] = tuple
+    device: torch.device,
+    hosts: Callable[[], Sequence[str]] = tuple,
+    patience: timedelta | None = None,
 ) -> Iterator[None]:
     """The default process group while the block runs.
 
@@ -69,9 +71,10 @@ def process_group(
     Args:
         device: of this rank.
         hosts: of the ranks in their order, as far as known, for the error.
+        patience: with ranks that come late; None is ten minutes.
 
     Raises:
-        TitansError: variables are missing.
+        TitansError: variables are missing, or rank 0 cannot listen or be reached.
         MissingRanks: ranks are.
     """
     missing = [name for name in RANK_VARIABLES if name not in os.environ]
@@ -85,10 +88,12 @@ def process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes its GPU from it
+    store = rendezvous.meet(hosts, patience)
+    store.set_timeout(TIMEOUT)  # torch leaves that of a given store as it is
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=rendezvous.meet(hosts),
+        store=store,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=TIMEOUT,

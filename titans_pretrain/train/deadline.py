@@ -9,29 +9,28 @@ from titans_pretrain.errors import UserError
 
 JOB_END = "TITANS_JOB_END"
 PREEMPT_SECONDS = "TITANS_PREEMPT_SECONDS"
-PREEMPTING = "SIGTERM"
 FACTOR = 1.5
 SPARE_SECONDS = 1.0
 
 
-def seconds_left(
-    environment: Mapping[str, str], now: float, signal: str | None, came: float
-) -> float:
+def seconds_left(environment: Mapping[str, str], now: float, terminated: float | None) -> float:
     """Seconds until this rank is killed; infinite where nobody told.
 
     Args:
         environment: TITANS_JOB_END, when the job's time limit kills it (seconds since 1970), and
-            TITANS_PREEMPT_SECONDS, how long after SIGTERM a preempted job is killed.
+            TITANS_PREEMPT_SECONDS, how long after SIGTERM a preempted job is killed. Both were told
+            at the start; an end that has passed was put off since, as this rank lives.
         now: seconds since 1970.
-        signal: that asked this rank to stop, or None.
-        came: when it did, in seconds since 1970.
+        terminated: when the first SIGTERM came, in seconds since 1970; None if none did.
 
     Raises:
         UserError: a variable is no number.
     """
     left = _number(environment, JOB_END) - now
-    if signal == PREEMPTING:
-        left = min(left, came + _number(environment, PREEMPT_SECONDS) - now)
+    if left < 0:
+        left = math.inf
+    if terminated is not None:
+        left = min(left, terminated + _number(environment, PREEMPT_SECONDS) - now)
     return left
 
 

@@ -14,17 +14,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from titans_pretrain.errors import FAILED
 from titans_pretrain.parallel.whereabouts import Whereabouts
 from titans_pretrain.train.directory import RunDirectory
-from titans_pretrain.train.lease import Lease
 from titans_pretrain.train.signals import leave
+
+if TYPE_CHECKING:
+    from titans_pretrain.train.lease import Lease
 
 SECONDS = 10.0
 POLL_SECONDS = 1.0
 FROZEN_SECONDS = 5.0
+END_SECONDS = 1.0
 RECORD_BYTES = 1024
 _NAME = re.compile(r"rank-(\d+)\.json")
 
@@ -40,10 +43,13 @@ def write(directory: RunDirectory, record: dict[str, Any]) -> None:
     Raises:
         OSError: the file system refuses.
     """
-    directory.heartbeat.mkdir(exist_ok=True)
     path = directory.heartbeat / f"rank-{record['rank']}.json"
     text = json.dumps(record).ljust(RECORD_BYTES - 1) + "\n"  # of one length: nothing to cut off
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        directory.heartbeat.mkdir(exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
     try:
         os.pwrite(handle, text.encode(), 0)
     finally:
@@ -77,7 +83,7 @@ class Heartbeat:
         directory: RunDirectory,
         rank: int,
         whereabouts: Whereabouts,
-        lease: Lease,
+        lease: "Lease",
         complain: Callable[[str], None],
     ) -> None:
         self._directory, self._rank, self._whereabouts = directory, rank, whereabouts
@@ -90,8 +96,13 @@ class Heartbeat:
         self._thread.start()
 
     def end(self) -> None:
-        """The run needs no sign of life any more; the last one says where it ended."""
+        """The run needs no sign of life any more; the last one says where it ended.
+
+        It is waited for, but not for a file system that hangs.
+        """
         self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(END_SECONDS)
 
     def _run(self) -> None:
         beaten = looked = float("-inf")
@@ -106,6 +117,8 @@ class Heartbeat:
                 self._beat()
             looked = now
             if self._ended.wait(POLL_SECONDS):
+                self._end_if_fenced()
+                self._beat()
                 return
 
     def _beat(self) -> None:

@@ -70,6 +70,12 @@ def last_rollback(path: Path, step: int) -> dict[str, Any] | None:
     return events[-1] if events else None
 
 
+def has_validation(path: Path, step: int) -> bool:
+    """Whether there is a validation's row of the state after ``step``."""
+    rows = [json.loads(row) for row in _whole_rows(path)] if path.exists() else []
+    return any(row["step"] == step and "validation_loss" in row for row in rows)
+
+
 def _cut(line: str, step: int | None) -> str:
     """What is left of a row when the run goes on from ``step``: nothing, unless the guard spoke."""
     row = json.loads(line)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from titans_pretrain.checkpoint import format as layout
@@ -27,8 +28,12 @@ def choose(root: Path, done: int, back: int) -> Path:
     )
 
 
-def remove_later(path: Path) -> list[str]:
+def remove_later(path: Path, fence: Callable[[], None]) -> list[str]:
     """Remove the checkpoints after ``path``, newest first, so that no resume takes one up again.
+
+    Args:
+        path: the checkpoint that is gone back to.
+        fence: raises where the run is another start's; asked before each change.
 
     Returns:
         Their names.
@@ -37,12 +42,15 @@ def remove_later(path: Path) -> list[str]:
     later = [number for number in reversed(layout.steps(root)) if number > step]
     if not later:
         return []
+    fence()
     with atomic_file(root / layout.LATEST, "w") as handle:
         handle.write(f"{path.name}\n")
     for number in later:
         name = layout.step_name(number)
         dying = root / f".{name}.undone{TEMPORARY_SUFFIX}"
+        fence()
         os.rename(root / name, dying)
         sync_directory(root)
+        fence()
         shutil.rmtree(dying)
     return [layout.step_name(number) for number in later]

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,14 +27,21 @@ class Saves:
         config: how many checkpoints stay.
         directory: the run's.
         lease: of this start.
+        told: on rank 0, is given the step of each save of this start that has become whole.
 
     Attributes:
         begun: the step of the last state whose save was begun or that was loaded; None before.
         whole: the step of the last state that is whole on disk; None before.
     """
 
-    def __init__(self, config: CheckpointSection, directory: RunDirectory, lease: Lease) -> None:
-        self._directory, self._lease = directory, lease
+    def __init__(
+        self,
+        config: CheckpointSection,
+        directory: RunDirectory,
+        lease: Lease,
+        told: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self._directory, self._lease, self._told = directory, lease, told
         self._saver = AsyncSaver(
             directory.checkpoints,
             keep=config.keep,
@@ -105,6 +112,7 @@ class Saves:
             self._lease.check()
             with contextlib.suppress(OSError):  # the checkpoint is what counts
                 write_json(self._directory.last_save, asdict(last))
+            self._told(last.step)
 
 
 def _earlier_seconds(directory: RunDirectory) -> list[float]:

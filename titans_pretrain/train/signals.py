@@ -34,13 +34,14 @@ class StopRequest:
 
     Attributes:
         name: the signal's name, or None.
-        time: when it came, in seconds since 1970; it may come in the middle of a long call, which
-            Python's own handlers wait for.
+        terminated: when the first SIGTERM came, in seconds since 1970; None if none did. Another
+            signal may have come before. It may come in the middle of a long call, which Python's
+            own handlers wait for.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.time = 0.0
+        self.terminated: float | None = None
         arrivals, wake = os.pipe()
         os.set_blocking(wake, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -55,5 +56,7 @@ class StopRequest:
                         self._remember(number)
 
     def _remember(self, number: int) -> None:
+        if number == signal.SIGTERM and self.terminated is None:
+            self.terminated = time.time()
         if self.name is None:
-            self.time, self.name = time.time(), signal.Signals(number).name
+            self.name = signal.Signals(number).name

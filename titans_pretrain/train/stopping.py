@@ -111,15 +111,27 @@ class Stopping:
             if step or saves.begun is not None
             else Decision(False, False, "no")  # the initial weights come from the seed again
         )
-        signalled = next((wish for wish in wishes if wish.signal), None)
-        if signalled is None:
-            return Stop("the file `stop`", "file", left, decision)
-        reason = f"{signalled.signal} on rank {signalled.rank}"
-        return Stop(reason, "signal", left, decision)
+        file = ["the file `stop`"] if any(wish.file for wish in wishes) else []
+        signals = [f"{wish.signal} on rank {wish.rank}" for wish in wishes if wish.signal]
+        reason = " and ".join([*file, *signals[:1]])  # the user's wish outlasts that of SLURM
+        return Stop(reason, "file" if file else "signal", left, decision)
+
+    def consume(self, told: Outcome) -> None:
+        """Forget the files that an end, now written down, answers; rank 0.
+
+        A ``stop`` that nobody saw before the end for another reason is for the next start, and so
+        is a ``save`` where the state is not saved.
+        """
+        if told.saved == "no":
+            self.triggers.saved(told.saved_step)
+        else:
+            self.triggers.consume_save()
+        if told.outcome == "done" or told.asked_by == "file":
+            self.triggers.consume_stop()
 
     def _wish(self, saves: Saves) -> Wish:
-        request, now = self._request, time.time()
-        left = deadline.seconds_left(os.environ, now, request.name, request.time)
+        request = self._request
+        left = deadline.seconds_left(os.environ, time.time(), request.terminated)
         rank = devices.rank()
         return Wish(rank, request.name, self.triggers.stop, left, saves.slowest)
 
@@ -137,7 +149,7 @@ def check_environment() -> None:
     Raises:
         UserError: a variable that tells the time is no number.
     """
-    deadline.seconds_left(os.environ, time.time(), deadline.PREEMPTING, time.time())
+    deadline.seconds_left(os.environ, time.time(), time.time())
 
 
 def _after(step: int, steps: int) -> str:

@@ -19,11 +19,11 @@ from titans_pretrain.data.prefetch import ReadAhead
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.parallel import devices
 from titans_pretrain.parallel.parallelize import Parallel
-from titans_pretrain.train import build, guard, outcome, rollback, schedule, stopping
+from titans_pretrain.train import build, guard, outcome, rollback, schedule, stopping, validation
 from titans_pretrain.train.build import Data
 from titans_pretrain.train.directory import RunDirectory
 from titans_pretrain.train.lease import Lease
-from titans_pretrain.train.metrics import last_rollback
+from titans_pretrain.train.metrics import has_validation, last_rollback
 from titans_pretrain.train.outcome import Outcome
 from titans_pretrain.train.passes import Passes
 from titans_pretrain.train.records import Records
@@ -80,7 +80,9 @@ class Trainer:
             workers=config.data.workers,
         )
         self._guard = guard.Guard(config.guard)
-        self._saver = Saves(config.checkpoint, directory, self._lease)
+        self._saver = Saves(
+            config.checkpoint, directory, self._lease, self._stopping.triggers.saved
+        )
         self._restored = self._save_asked = False
         self._step = self._position = self._updates = 0
 
@@ -118,14 +120,15 @@ class Trainer:
             self._tell(told)
         if self._stop_agreed():
             self._end_early(records)
+        if self._restored and self._owes_validation() and self._validate(records, stoppable=True):
+            self._end_early(records)
         while self._step < train.steps:
             accepted, stop = self._train_step(records)
             if not accepted:
                 continue
             last = self._step == train.steps
             if last or (not stop and _due(self._step, train.validation_every)):
-                loss, stop = self._validate(stoppable=not last)
-                records.validation(self._step, loss)
+                stop = self._validate(records, stoppable=not last)
             if stop and not last:
                 self._end_early(records)
             due = _due(self._step, self._config.checkpoint.every) or self._save_asked
@@ -160,11 +163,10 @@ class Trainer:
         raise stopping.stopped(told, self._directory)
 
     def _conclude(self, told: Outcome) -> None:
-        """Write down how this start ended; the files that asked for it have done their work."""
+        """Write down how this start ended, which answers the files that asked for it."""
         if devices.rank() == 0:
             outcome.write(self._directory, self._lease, told)
-            self._stopping.triggers.consume_save()
-            self._stopping.triggers.consume_stop()
+            self._stopping.consume(told)
 
     def _open_records(self) -> Records:
         if not self._restored and self._config.guard.policy == "rollback":
@@ -306,59 +308,42 @@ class Trainer:
         path = devices.from_first(
             lambda: rollback.choose(self._directory.checkpoints, self._step, back)
         )
-        devices.from_first(lambda: rollback.remove_later(path))
+        devices.from_first(lambda: rollback.remove_later(path, self._lease.check))
         records.rollback(event | {"step": int(path.name.removeprefix("step-"))})
         self.restore(path)
 
-    @torch.no_grad()
-    def _validate(self, *, stoppable: bool) -> tuple[float | None, bool]:
-        """Mean loss of the held-out targets, None where there is none; and whether to stop.
+    def _validate(self, records: Records, *, stoppable: bool) -> bool:
+        """Tell the mean loss of the held-out targets, if there are any; whether to stop instead.
 
         Where it is ``stoppable`` it gives up between batches for a signal: the time that is left
         is for the checkpoint.
         """
-        train = self._config.train
         if not self._data.loader.validation_sequences:
-            return None, False
-        batches = self._data.loader.validation_batches(
-            sequences=train.micro_batch_size * self._mesh.data,
-            limit=train.validation_sequences,
-            rank=self._data_rank,
-            ranks=self._mesh.data,
-        )
+            return False
         self._enter("validating", work="validation")
         self._engine.train(False)
-        total, valid, stop = 0.0, 0, False
-        for number, batch in enumerate(batches):
-            # Asking brings the sequence ranks in step: not more often than there are such.
-            if stoppable and number % self._mesh.sequence == 0 and self._stop_agreed():
-                stop = True
-                break
-            self._enter("validating", work="validation batch")
-            loss, count = self._passes.evaluate(batch)
-            total, valid = total + loss.item(), valid + count
-        self._parallel.links.drain()
+        total = validation.total_loss(
+            self._config.train,
+            self._data,
+            self._passes,
+            self._parallel,
+            enter=lambda: self._enter("validating", work="validation batch"),
+            stop_agreed=self._stop_agreed if stoppable else None,
+        )
         self._engine.train()
         self._enter("validated", work="validation")
-        return (None, True) if stop else (self._mean(total, valid), False)
+        if total is None:
+            return True
+        step, position = self._step, self._position
+        loss = validation.mean(*total, counts=self._counts, step=step, position=position)
+        records.validation(self._step, loss)
+        return False
 
-    def _mean(self, total: float, valid: int) -> float | None:
-        """The mean of all ranks' summed validation losses; None without a target.
-
-        Raises:
-            TitansError: it is not finite.
-        """
-        own = torch.tensor([total, valid], dtype=torch.float64)
-        whole, targets = devices.all_sum(own if self._counts else own.zero_()).tolist()
-        if not math.isfinite(whole):
-            shares = devices.gather_objects(total)
-            bad = [str(rank) for rank, share in enumerate(shares) if not math.isfinite(share)]
-            raise TitansError(
-                f"the validation loss is {whole} at step {self._step}",
-                where=f"rank {', '.join(bad)}; data position {self._position}",
-                fix="resume from a checkpoint before this step with a lower train.learning_rate",
-            )
-        return whole / targets if targets else None
+    def _owes_validation(self) -> bool:
+        """Whether the validation of the restored state was left out, as the run was stopped."""
+        return _due(self._step, self._config.train.validation_every) and devices.from_first(
+            lambda: not has_validation(self._directory.metrics, self._step)
+        )
 
     def _save(self, *, wait: bool) -> None:
         """Begin to save this step's state; wait for the disk if asked to, here or by the run.
@@ -366,7 +351,7 @@ class Trainer:
         A state whose save was begun already, or that was loaded, is not saved again.
         """
         if self._save_asked and devices.rank() == 0:
-            self._stopping.triggers.consume_save()
+            self._stopping.triggers.serve_save(self._step, self._saver.whole)
         if self._saver.begun != self._step:
             self._saver.begin(
                 self._step,

@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
@@ -23,6 +24,7 @@ from titans_pretrain.files import write_json
 from titans_pretrain.parallel import devices, mesh
 from titans_pretrain.parallel.devices import OtherRankFailed
 from titans_pretrain.parallel.parallelize import Parallel
+from titans_pretrain.parallel.rendezvous import MissingRanks
 from titans_pretrain.parallel.whereabouts import Whereabouts
 from titans_pretrain.train import outcome, stopping
 from titans_pretrain.train.build import open_data
@@ -36,6 +38,8 @@ from titans_pretrain.train.signals import StopRequest, leave
 from titans_pretrain.train.trainer import Trainer
 from titans_pretrain.train.watch import Watch
 
+PATIENT_SHARE = 0.8  # the missing are named before the job's attempt ends a start that hangs
+
 
 def work(config: RunConfig, *, resume: bool, stop: StopRequest) -> int:
     """Train as the rank that the environment names; the exit code.
@@ -45,7 +49,8 @@ def work(config: RunConfig, *, resume: bool, stop: StopRequest) -> int:
     worker = Worker(config, stop)
     try:
         device = devices.local_device()
-        with devices.process_group(device, lambda: hosts_of_ranks(os.environ)):
+        patience = worker.patience
+        with devices.process_group(device, lambda: hosts_of_ranks(os.environ), patience):
             worker.run(device, resume=resume)
     except BaseException as error:
         code = errors.FAILED
@@ -75,6 +80,14 @@ class Worker:
         self._whereabouts = Whereabouts()
         self._lease = Lease(self._directory.lock)
         self._watch: Watch | None = None
+
+    @property
+    def patience(self) -> timedelta | None:
+        """With ranks that come late: most of what a job gives its start; None without a job."""
+        with contextlib.suppress(UserError):  # which is told once the ranks are together
+            if not attempt_number(os.environ):
+                return None
+        return timedelta(seconds=PATIENT_SHARE * self._config.job.start_seconds)
 
     def run(self, device: torch.device, *, resume: bool) -> None:
         """Check, prepare, resume and train; needs a process group."""
@@ -266,6 +279,9 @@ class Worker:
             return False
         if isinstance(error, (StoppedEarly, Fenced)):
             return self._rank == 0
+        if isinstance(error, MissingRanks):
+            self._keep_missing(error)
+            return error.rank is not None
         if self._log is None:
             return True
         calls = traceback.format_exception(error)
@@ -276,6 +292,17 @@ class Worker:
             return self._directory.keep_failure(record)
         except OSError:
             return True  # the disk may be what failed
+
+    def _keep_missing(self, error: MissingRanks) -> None:
+        """Keep who is missing for the job's attempt to judge, which no lock of a start guards."""
+        attempt = attempt_number(os.environ)
+        if error.rank is None or not attempt or self._lease.holder_is_later(attempt):
+            return
+        record = failure_record(
+            error, error.rank, error.host, [], start=uuid.uuid4().hex, attempt=attempt
+        )
+        with contextlib.suppress(OSError):
+            self._directory.keep_failure(record)
 
 
 def _print(sentence: str, terminal: TextIO) -> None:
