@@ -10,10 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from launchers import judge
+from launchers.steps import StepEnd
 from titans_pretrain import config
 from titans_pretrain.errors import StoppedEarly, TitansError, UserError
 from titans_pretrain.parallel.devices import OtherRankFailed
+from titans_pretrain.parallel.rendezvous import MissingRanks
 from titans_pretrain.train import worker
+from titans_pretrain.train.directory import RunDirectory
 from titans_pretrain.train.signals import StopRequest
 
 
@@ -115,6 +119,48 @@ def test_an_early_stop_is_told_by_rank_0_and_is_no_failure(make_worker, tmp_path
         assert make_worker(rank).report(raised(StoppedEarly("stopped"))) == 75
     assert capsys.readouterr().err == "error: stopped\n"
     assert not (tmp_path / "error.json").exists()
+
+
+def missing(rank):
+    error = MissingRanks("rank 5 on n2 did not come")
+    error.rank, error.host = rank, "n2"
+    return raised(error)
+
+
+def test_missing_ranks_are_kept_with_their_host_for_the_job_s_attempt(
+    make_worker, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("TITANS_ATTEMPT", "3")
+    assert make_worker(1, prepared=False).report(missing(None)) == 75
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "error.json").exists()
+    assert make_worker(0, prepared=False).report(missing(5)) == 75
+    assert capsys.readouterr().err == "error: rank 5 on n2 did not come\n"
+    assert judge.failure(RunDirectory(tmp_path), 3).items() >= {"rank": 5, "host": "n2"}.items()
+    situation = judge.Situation(3, 0, 10, "", ["n1", "n2"])
+    outcome = judge.outcome(RunDirectory(tmp_path), situation, StepEnd(75))
+    assert outcome.suspects == ("n2",)
+
+
+@pytest.mark.parametrize("attempt", ["", "2"])
+def test_missing_ranks_of_a_start_that_does_not_hold_the_run_are_only_told(
+    make_worker, tmp_path, capsys, monkeypatch, attempt
+):
+    if attempt:
+        monkeypatch.setenv("TITANS_ATTEMPT", attempt)
+    (tmp_path / ".lock").write_text('{"start": "one", "attempt": 3}')
+    assert make_worker(0, prepared=False).report(missing(5)) == 75
+    assert capsys.readouterr().err == "error: rank 5 on n2 did not come\n"
+    assert not (tmp_path / "error.json").exists()
+
+
+def test_a_job_gives_late_ranks_less_than_its_start_takes_and_others_the_default(
+    make_worker, monkeypatch
+):
+    assert make_worker(0).patience is None
+    monkeypatch.setenv("TITANS_ATTEMPT", "3")
+    made = make_worker(0)
+    assert 600 < made.patience.total_seconds() < made._config.job.start_seconds == 1800
 
 
 def test_ranks_with_other_configurations_are_refused():
