@@ -30,13 +30,13 @@ def run(config_path: Path, asked: AskedToStop) -> int:
     config = run_config.load(config_path)
     allocation = opening.checked_allocation(config, os.environ)
     directory = RunDirectory(Path(config.run.directory))
+    before = opening.close_open(directory, allocation, config.train.steps)
     if judge.is_finished(directory, config.train.steps):
         say(f"finished already: {config.train.steps} steps in {directory.path}")
         return errors.DONE
-    if opening.consume_stop(directory):
-        say("the file `stop` was there: nothing is done; titans submit goes on with the run")
+    if opening.consume_stop(directory, allocation, before):
+        say("the user asked to stop: nothing is done; titans submit goes on with the run")
         return errors.STOPPED
-    before = opening.close_open(directory, allocation, config.train.steps)
     opening.refuse_fruitless(before, allocation, config)
     job_end = JobEnd(allocation.job)
     attempt = opening.claim(directory, allocation, before)
@@ -44,10 +44,9 @@ def run(config_path: Path, asked: AskedToStop) -> int:
         config, config_path.resolve(), directory, allocation, attempt, job_end, asked
     )
     outcome = supervisor.outcome()
-    current = supervisor.current()
-    if current is None:
+    decision = supervisor.decide(outcome, before)
+    if decision is None:
         say("SLURM has given this run to another start of the job: nothing more is done here")
         return errors.STOPPED
-    decision = supervisor.decide(outcome, before, current)
     supervisor.end(outcome, decision)
     return supervisor.act(decision)

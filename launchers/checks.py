@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,14 +34,20 @@ def of_config(config: RunConfig) -> None:
     _time(config)
 
 
-def of_run(config: RunConfig, run: Path) -> None:
+def of_run(config: RunConfig, run: Path, *, proven: bool = False) -> None:
     """Refuse what the run's directory tells cannot go on.
+
+    Args:
+        config: the run.
+        run: its directory.
+        proven: it has gone on under these limits before; one slow save is then no reason to end it.
 
     Raises:
         UserError: no room for a checkpoint, or a grace in which it cannot be saved.
     """
     _room(config, run)
-    _grace(config, run)
+    if not proven:
+        _grace(config, run)
 
 
 def of_data(config: RunConfig) -> None:
@@ -192,18 +199,19 @@ def _grace(config: RunConfig, run: Path) -> None:
         )
 
 
-def doubt(config: RunConfig, run: Path, rate: float) -> str:
-    """What ``of_run`` would refuse if checkpoints were always written at a rate measured once.
+def doubt(config: RunConfig, run: Path, rate: float = 0.0) -> str:
+    """What ``of_run`` would refuse, also if checkpoints were written at a rate measured once.
 
     Args:
-        config: the run, with no configured rate.
+        config: the run.
         run: its directory.
-        rate: measured, in bytes a second.
+        rate: measured, in bytes a second; 0 if the configured one counts.
 
     Returns:
         The complaint with its fix; empty where there is none.
     """
-    job = config.job.model_copy(update={"storage_bytes_per_second": rate})
+    measured = {"storage_bytes_per_second": rate} if rate else {}
+    job = config.job.model_copy(update=measured)
     try:
         _grace(config.model_copy(update={"job": job}), run)
     except UserError as error:
@@ -212,18 +220,21 @@ def doubt(config: RunConfig, run: Path, rate: float) -> str:
 
 
 def _step_seconds(run: Path) -> float:
-    """The slowest of the last steps in ``metrics.jsonl``; 0 where there is none."""
+    """The median of the last steps in ``metrics.jsonl``; 0 where there is none.
+
+    The first one after a start is slow, and no measure of those before a stop.
+    """
     try:
         with open(run / "metrics.jsonl", "rb") as handle:
             handle.seek(max(0, handle.seek(0, os.SEEK_END) - TAIL_BYTES))
             lines = handle.read().splitlines()
     except OSError:
         return 0.0
-    slowest = 0.0
+    found = []
     for line in lines:
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            slowest = max(slowest, float(json.loads(line).get("seconds") or 0))
-    return slowest
+        with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+            found.append(float(json.loads(line)["seconds"]))
+    return statistics.median(found) if found else 0.0
 
 
 def has_modules() -> bool:

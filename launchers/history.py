@@ -7,7 +7,7 @@ and replaced as a whole when it ends. One without an end is open: its job runs, 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +127,22 @@ def _path(root: Path, number: int) -> Path:
 def _read(root: Path, number: int) -> Attempt:
     path = _path(root, number)
     try:
-        return _attempt(json.loads(path.read_text(encoding="utf-8")), number)
+        text = path.read_text(encoding="utf-8")
+        return _attempt(json.loads(text), number) if text.strip("\0\n ") else _lost(path, number)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TitansError(
             f"the record of attempt {number} cannot be read: {error}",
             where=str(path),
             fix="if it is damaged, move it away; the next attempt takes its number",
         ) from None
+
+
+def _lost(path: Path, number: int) -> Attempt:
+    """An attempt whose record a power cut emptied, and so its host."""
+    at = path.stat().st_mtime
+    why = "its record is empty, as after a power cut"
+    lost = Attempt(number, job="", restart=0, host="", nodes=(), begun=at)
+    return replace(lost, ended=at, verdict="killed", reason=why)
 
 
 def _attempt(record: Mapping[str, Any], number: int) -> Attempt:

@@ -10,6 +10,24 @@ from launchers.slurm_utils import SlurmError
 GOING_ON = ("RUNNING", "SUSPENDED")  # of a job in another state SLURM moves the end to now
 
 
+def preempted_since(job: str, begun: float) -> bool:
+    """Whether SLURM last preempted a job after a time, in unix seconds; False if it does not say.
+
+    It remembers that over the job's next start.
+    """
+    began = _start_and_preemption(job)[1]
+    return began is not None and began >= begun
+
+
+def _start_and_preemption(job: str) -> tuple[float | None, float | None]:
+    """Unix seconds of a job's start and of its last preemption; None for what SLURM tells not."""
+    query = ["squeue", "--noheader", f"--jobs={job}", "--Format=starttime:32,preempttime:32"]
+    with contextlib.suppress(SlurmError):
+        started, began, *_ = *map(unix_seconds, slurm_command.call(query).split()), None, None
+        return started, began
+    return None, None
+
+
 class JobEnd:
     """What SLURM says of a job's end, asked again when it matters.
 
@@ -44,12 +62,8 @@ class JobEnd:
 
     def is_preempted(self) -> bool:
         """Whether SLURM has begun to preempt the job since it started; False if it does not say."""
-        query = ["squeue", "--noheader", f"--jobs={self._job}"]
-        query += ["--Format=starttime:32,preempttime:32"]
-        with contextlib.suppress(SlurmError):
-            started, *preempted = map(unix_seconds, slurm_command.call(query).split())
-            return any(began and started and began >= started for began in preempted)
-        return False
+        started, began = _start_and_preemption(self._job)
+        return started is not None and began is not None and began >= started
 
     def _read(self) -> None:
         """Start and limit, less what it was suspended: the end that SLURM tells moves with an end.

@@ -1,7 +1,8 @@
 """How an attempt ended, told from what its ranks and its step left. No torch here."""
 
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from titans_pretrain.files import last_rows, read_json
 from titans_pretrain.train import outcome as outcomes
 from titans_pretrain.train.directory import RunDirectory
 
+_FIRST = re.compile(r"srun: error: (?P<node>[^\s:]+): tasks? ")
 LATE_SIGNAL_SECONDS = 60  # SLURM sends the signal of the time limit up to half a minute early
 
 
@@ -72,10 +74,14 @@ def save_seconds(run: RunDirectory, step_from: int) -> float | None:
     return None
 
 
-def asked_by(now: float, end: float | None, signal_seconds: float) -> Asked:
-    """Who asks, where a signal does: the time limit if that is near, else SLURM before it."""
+def asked_by(
+    now: float, end: float | None, signal_seconds: float, *, preempted: Callable[[], bool]
+) -> Asked:
+    """Who asks, where a signal does: the time limit if near, SLURM if it says so, else nobody."""
     near = signal_seconds + LATE_SIGNAL_SECONDS
-    return "limit" if end is not None and end - now <= near else "preempted"
+    if end is not None and end - now <= near:
+        return "limit"
+    return "preempted" if preempted() else ""
 
 
 def unfit(problems: Sequence[Problem], nodes: Sequence[str]) -> Outcome:
@@ -142,12 +148,17 @@ def outcome(run: RunDirectory, situation: Situation, step: StepEnd) -> Outcome:
         return _failed(error, step, situation, progress)
     if step.why:
         return Outcome("hang", step.why, _late(step, situation), progress, tuple(step.suspects))
-    if saved >= situation.steps:
+    if progress and saved >= situation.steps:  # by size only: one that was there may be damaged
         return Outcome("done", f"all {situation.steps} steps are done", progress=progress)
+    suspects = tuple(step.suspects)
     if f" {errors.USER_ERROR}" in (f" {step.code}", step.told[-2:]):
-        return Outcome("refused", step.error or "the ranks refused to start: see their log")
+        if step.error:
+            return Outcome("refused", step.error)
+        # no word from python: slurmstepd's code where a node lacks the program
+        first = [match["node"]] if (match := _FIRST.match(step.told)) else []
+        suspects = tuple(dict.fromkeys([*suspects, *named(first, situation.nodes)]))
     asked = situation.asked if situation.signalled else ""
-    return Outcome("failed", _unexplained(step), asked, progress, tuple(step.suspects))
+    return Outcome("failed", _unexplained(step), asked, progress, suspects)
 
 
 def _failed(error: dict[str, Any], step: StepEnd, situation: Situation, progress: bool) -> Outcome:

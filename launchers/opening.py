@@ -4,6 +4,7 @@ No torch here.
 """
 
 import contextlib
+import fcntl
 import os
 import socket
 import stat
@@ -12,7 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launchers import checks, history, judge, nodes, policy, resubmit, slurm_utils
+from launchers import (
+    checks,
+    history,
+    job_end,
+    judge,
+    nodes,
+    policy,
+    resubmit,
+    slurm_utils,
+    submitted,
+)
 from launchers.history import Attempt
 from launchers.job_log import say
 from launchers.policy import Outcome
@@ -21,8 +32,11 @@ from launchers.steps import StepEnd
 from titans_pretrain import errors
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.train import heartbeat, lease
 from titans_pretrain.train import outcome as outcomes
 from titans_pretrain.train.directory import RunDirectory
+
+SILENT_SECONDS = 3600.0  # longer than checks of the nodes and a start take without a sign of life
 
 
 def checked_allocation(config: RunConfig, environment: Mapping[str, str]) -> Allocation:
@@ -58,15 +72,21 @@ def close_open(directory: RunDirectory, allocation: Allocation, steps: int) -> l
 
     Raises:
         UserError: the newest one runs, or belongs to a later start of this job.
-        SlurmError: SLURM does not tell whether it does.
+        SlurmError: SLURM does not tell whether it does, nor do its files.
     """
     found = history.attempts(directory.path)
     if not found or found[-1].ended is not None:
         return found
     newest = found[-1]
-    job = slurm_utils.job(newest.job)
     mine = newest.job == allocation.job
-    gone = newest.restart < allocation.restarts if mine else job is None or _is_over(job)
+    job = None
+    try:
+        job = _job_of(directory, newest, allocation)
+        gone = newest.restart < allocation.restarts if mine else job is None or _is_over(job)
+    except SlurmError:  # as of a job that only a broken accounting may remember
+        gone = newest.restart < allocation.restarts if mine else _is_dead(directory, newest)
+        if not gone and not _lives(directory, newest):
+            raise
     if not gone:
         raise UserError(
             f"attempt {newest.number} of this run is at work: job {newest.job} on {newest.host}",
@@ -126,13 +146,21 @@ def claim(directory: RunDirectory, allocation: Allocation, before: Sequence[Atte
     return attempt
 
 
-def consume_stop(directory: RunDirectory) -> bool:
-    """Whether the user's file `stop` was there, and is gone now."""
+def consume_stop(
+    directory: RunDirectory, allocation: Allocation, before: Sequence[Attempt]
+) -> bool:
+    """Whether the user asked to stop and nobody acted upon it; from now on that counts as done.
+
+    The wish is the file `stop`, or was told by ranks whose job SLURM ended and began again.
+    """
+    asked = bool(before) and before[-1].asked == "user" and before[-1].next_job == allocation.job
+    if asked:
+        history.write(directory.path, replace(before[-1], action="end", next_job=""))
     try:
         directory.stop.unlink()
         return True
     except FileNotFoundError:
-        return False
+        return asked
 
 
 def _log() -> str:
@@ -142,6 +170,36 @@ def _log() -> str:
         if stat.S_ISREG(written.st_mode) and os.path.samestat(log.stat(), written):
             return str(log)
     return ""
+
+
+def _job_of(
+    directory: RunDirectory, attempt: Attempt, allocation: Allocation
+) -> slurm_utils.Job | None:
+    """The job of an attempt, if SLURM knows it; another run's may have its id by now."""
+    job = slurm_utils.job(attempt.job)
+    if job is None or job.name in (attempt.name, allocation.name):
+        return job
+    return job if submitted.is_own(directory.path, job) else None
+
+
+def _lives(directory: RunDirectory, attempt: Attempt) -> bool:
+    """Whether an attempt's ranks give signs of life, or hold the run's lock."""
+    now = time.time()
+    for beat in heartbeat.read(directory).values():
+        fresh = now - float(beat.get("time", 0.0)) < lease.FRESH_SECONDS
+        if fresh and beat.get("attempt") == attempt.number:
+            return True
+    with contextlib.suppress(OSError), open(directory.lock, encoding="utf-8") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _is_dead(directory: RunDirectory, attempt: Attempt) -> bool:
+    """Whether an attempt's files tell that it is over: it is long past its start, and silent."""
+    return time.time() - attempt.begun > SILENT_SECONDS and not _lives(directory, attempt)
 
 
 def _is_over(job: slurm_utils.Job) -> bool:
@@ -170,7 +228,7 @@ def _killed(
         lost = nodes.lost(attempt.nodes, nodes.states(""))
     if lost:
         return Outcome("killed", f"node failure: {', '.join(lost)}", "", progress, lost)
-    if state == "PREEMPTED":
+    if state == "PREEMPTED" or job_end.preempted_since(attempt.job, attempt.begun):
         return Outcome("killed", "preempted before the ranks could tell", "preempted", progress)
     why = f"its job ended as {state}" if state else "SLURM requeued its job"
     return Outcome("killed", f"{why}: a preemption, a node failure or an operator", "", progress)

@@ -18,8 +18,10 @@ from typing import IO, Any
 
 from launchers.asked import AskedToStop
 from launchers.job_step import inherited
+from titans_pretrain.train import heartbeat
 
 POLL_SECONDS = 0.5
+LOOK_SECONDS = heartbeat.SECONDS  # between two readings of all ranks' records
 SILENT_SECONDS = 120.0
 ENDING_SECONDS = 120.0
 KILL_SECONDS = 30.0
@@ -40,10 +42,12 @@ class Limits:
     Attributes:
         start: seconds until the first sign of life.
         is_over: whether it must have ended by itself, as the time limit is near.
+        is_due: whether its ranks are to be asked to stop, even if no signal came.
     """
 
     start: float
     is_over: Callable[[], bool] = lambda: False
+    is_due: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Step:
         self._silence = Silence()
         self._ending = 0.0
         self._since_start = 0.0
+        self._unread = LOOK_SECONDS
 
     def run(self) -> StepEnd:
         """Start the ranks and wait for them."""
@@ -131,8 +136,10 @@ class Step:
         while process.poll() is None:
             now = time.monotonic()
             waited, last = now - last, now
+            if not self._asked and self._limits.is_due():
+                self._asked.names.append("no signal yet")
             names = self._asked.names[told:]
-            why = self._look(min(waited, 3 * POLL_SECONDS))  # one that was frozen did not wait
+            why = self._look(min(waited, 3 * LOOK_SECONDS))  # one that was frozen did not wait
             if (names or why or waited > FROZEN_SECONDS) and not self._keeps(process):
                 return "another start of the job has the run"
             for name in names:
@@ -159,10 +166,12 @@ class Step:
 
     def _look(self, elapsed: float) -> str:
         """Why the step must be ended from outside; empty while it need not."""
-        beats = self._beats()
-        self._silence.add(beats, elapsed)
         self._since_start += elapsed
-        self._ending = self._ending + elapsed if self._ended() else 0.0
+        self._unread += elapsed
+        if self._unread >= LOOK_SECONDS:  # thousands of ranks on a slow file system take long
+            self._silence.add(self._beats(), self._unread)
+            self._ending = self._ending + self._unread if self._ended() else 0.0
+            self._unread = 0.0
         self._late = self._limits.is_over()
         if self._late:
             return "the ranks did not stop before the time limit"

@@ -1,6 +1,7 @@
 """Which GPU a rank takes."""
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -63,5 +64,28 @@ def test_deepspeed_is_given_the_gpu_that_was_taken(host, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(dist, "init_process_group", lambda *arguments, **options: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(devices.rendezvous, "meet", lambda hosts, patience: dist.HashStore())
     with devices.process_group(devices.local_device()):
         assert os.environ["LOCAL_RANK"] == "0"
+
+
+def test_the_store_waits_as_long_as_the_ranks_do_whatever_the_patience_at_the_start(
+    host, monkeypatch
+):
+    host(0)
+    for name in (*devices.RANK_VARIABLES, "DS_ACCELERATOR"):
+        monkeypatch.setenv(name, "0")
+    store, given = dist.HashStore(), []
+
+    def meet(hosts, patience):
+        given.append(patience)
+        store.set_timeout(patience)
+        return store
+
+    monkeypatch.setattr(devices.rendezvous, "meet", meet)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: given.append(how))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with devices.process_group(devices.local_device(), tuple, timedelta(seconds=7)):
+        assert given[0] == timedelta(seconds=7)
+        assert given[1]["store"] is store
+        assert store.timeout == devices.TIMEOUT

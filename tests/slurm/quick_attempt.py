@@ -5,6 +5,7 @@ import sys
 from launchers import steps
 from titans_pretrain import cli
 
+steps.LOOK_SECONDS = 0.5
 steps.SILENT_SECONDS = 6.0
 steps.ENDING_SECONDS = 4.0
 steps.KILL_SECONDS = 5.0

@@ -94,7 +94,6 @@ def test_failed_and_cancelled_jobs_are_told_apart(slurm: Cluster, script):
     slurm_utils.cancel("999999")
 
 
-@pytest.mark.slow
 def test_a_requeued_job_runs_again_and_counts_it(slurm: Cluster, script, tmp_path):
     told = f"echo $SLURM_RESTART_COUNT >>{tmp_path}/told; sleep 60"
     submitted = slurm_utils.submit(script(told, "requeue"))
@@ -109,7 +108,6 @@ def test_a_requeued_job_runs_again_and_counts_it(slurm: Cluster, script, tmp_pat
         slurm_utils.requeue("999999")
 
 
-@pytest.mark.slow
 def test_elements_of_an_array_are_jobs_of_their_own(slurm: Cluster, script, tmp_path):
     each = (
         f"{sys.executable} -P - <<'E' >{tmp_path}/$SLURM_ARRAY_TASK_ID\n"
@@ -327,7 +325,6 @@ def test_a_generated_file_runs_with_its_quoting_log_and_signal(slurm: Cluster, t
     assert f"<attempt><{run}/jobs/config.yaml>" in log
 
 
-@pytest.mark.slow
 def test_a_missing_module_ends_the_job_with_the_user_s_code(slurm: Cluster, tmp_path):
     (tmp_path / "logs").mkdir()
     path = tmp_path / "train.sbatch"

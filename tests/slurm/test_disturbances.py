@@ -124,10 +124,10 @@ EXPECTED: dict[Disturbance, str] = {
 
 
 def moves(run: Run, beyond: int = 1) -> None:
-    """Waits until the newest attempt has gone so many steps beyond its first checkpoint."""
-    number, begun = len(run.attempts), run.attempts[-1].step_from
+    """Waits until the newest attempt is so many steps beyond a checkpoint of its own."""
+    begun = run.attempts[-1].step_from
     goal = begun + EVERY - begun % EVERY + beyond
-    until(lambda: run.step >= goal, 240, f"step {goal} of attempt {number}")
+    until(lambda: run.step >= goal and run.step % EVERY == beyond, 240, f"step {goal}")
 
 
 def begins(run: Run, number: int) -> None:
@@ -177,7 +177,7 @@ def compare(
         broken.submit()
         begins(broken, 1)
         for number, disturb in enumerate(disturbances):
-            beyond = 1 + number % EVERY
+            beyond = 1 + number % (EVERY - 1)  # not while it saves: that may take half an hour
             print(disturbed(broken, slurm, disturb, beyond=beyond, most_lost=most_lost), flush=True)
         broken.pace(0)
         broken.finish()

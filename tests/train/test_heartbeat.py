@@ -93,7 +93,7 @@ def test_a_rank_that_was_frozen_looks_at_once_who_has_the_run(make, monkeypatch)
 
     monkeypatch.setattr(made, "_end_if_fenced", look)
     made._run()
-    assert len(seen) == 2  # at the first beat and after the gap, not in between
+    assert len(seen) == 3  # at the first beat, after the gap and at the end, not in between
     assert next(times, None) is None
 
 

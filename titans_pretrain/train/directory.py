@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ import yaml
 from titans_pretrain import config as run_config
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
-from titans_pretrain.files import atomic_file, write_json
+from titans_pretrain.files import atomic_file, sync_directory, write_json
 from titans_pretrain.model import fields
 
 FIXED = (
@@ -277,11 +278,13 @@ def failure_record(
 
 def write_first(path: Path, value: object) -> bool:
     """Write JSON unless ``path`` exists; whether it was written. Safe among ranks."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    # containers on one host share names and process ids
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{secrets.token_hex(8)}")
     text = json.dumps(value, indent=2) + "\n"
     try:
-        temporary.write_text(text, encoding="utf-8")
+        _write_new(temporary, text)
         _link(temporary, path, text)
+        sync_directory(path.parent)
     except FileExistsError:
         return False
     finally:
@@ -294,10 +297,19 @@ def _link(temporary: Path, path: Path, text: str) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        raise
+        # over NFS a link that was made, and whose answer was lost, is asked for again
+        if not os.path.samestat(temporary.stat(), path.stat()):
+            raise
     except OSError:  # a file system without hard links: a reader may see it half written
-        with open(path, "x", encoding="utf-8") as handle:
-            handle.write(text)
+        _write_new(path, text)
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Create a file that outlasts a power cut: FileExistsError."""
+    with open(path, "x", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
