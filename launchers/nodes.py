@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from launchers import slurm_command
+from launchers import slurm_command, slurm_refusals
 
 USABLE = frozenset({"idle", "mixed", "allocated", "completing", "reserved", "planned"})
 LOST = frozenset({"down", "fail", "failing", "unknown", "error"})
@@ -20,6 +20,15 @@ def states(partition: str) -> dict[str, str]:
     answer = slurm_command.call(query)
     pairs = (line.split() for line in answer.splitlines())
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def preempt_mode(partition: str) -> str:
+    """What becomes of a preempted job there: ``REQUEUE``, ``CANCEL`` …; empty if SLURM tells not.
+
+    Raises:
+        SlurmError: SLURM does not answer.
+    """
+    return slurm_refusals.partitions().get(partition, {}).get("PreemptMode", "").split(",")[0]
 
 
 def is_usable(state: str) -> bool:

@@ -189,8 +189,8 @@ class Supervisor:
     def _is_cancelled_for_another(self) -> bool:
         """Whether SLURM preempts the job where that is for good."""
         with contextlib.suppress(SlurmError):
-            mode = slurm_utils.preempt_mode(self.allocation.partition)
-            return mode == "CANCEL" and self.job_end.is_preempted()
+            preempted = self.job_end.is_preempted()
+            return preempted and nodes.preempt_mode(self.allocation.partition) == "CANCEL"
         return False
 
     def _current_at_last(self) -> slurm_utils.Job | None:
@@ -281,12 +281,18 @@ class Supervisor:
         ).run()
 
     def _judge(self, step: StepEnd) -> Outcome:
+        number, start = self.attempt.number, self.attempt.step_from
+        told = outcomes.read(self.directory, attempt=number)
+        if told is not None and told["outcome"] == "done":  # SLURM has nothing to add
+            steps = self.config.train.steps
+            done = judge.Situation(number, start, steps, "", self.allocation.nodes)
+            return judge.outcome(self.directory, done, step)
         lost: tuple[str, ...] = ()
         with contextlib.suppress(SlurmError):
             lost = nodes.lost(self.allocation.nodes, nodes.states(self.allocation.partition))
         situation = judge.Situation(
-            self.attempt.number,
-            self.attempt.step_from,
+            number,
+            start,
             self.config.train.steps,
             self._who_asked(),
             self.allocation.nodes,

@@ -1,14 +1,18 @@
 """One attempt's parts, without SLURM: what is refused, what is read, what is told."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 
+from launchers import attempt as attempts
 from launchers import (
     checks,
     history,
@@ -41,6 +45,7 @@ from titans_pretrain.checkpoint import manifest
 from titans_pretrain.data.storage import RemoteStorage, open_storage
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.files import write_json
+from titans_pretrain.train import heartbeat
 from titans_pretrain.train.directory import RunDirectory
 
 MODEL = {
@@ -105,6 +110,7 @@ def known(monkeypatch):
     jobs = {}
     monkeypatch.setattr(slurm_utils, "job", jobs.get)
     monkeypatch.setattr(nodes, "states", lambda partition: {"a1": "idle", "a2": "mixed"})
+    monkeypatch.setattr(slurm_command, "call", lambda query: "1000 N/A")
     return jobs
 
 
@@ -125,9 +131,12 @@ def test_a_signal_before_python_hears_it_does_not_end_the_job(tmp_path, body, va
     code = (
         "import os, signal; from launchers.asked import AskedToStop; me = os.getpid(); "
         "os.kill(me, signal.SIGUSR1); asked = AskedToStop(); os.kill(me, signal.SIGUSR2); "
+        "os.kill(me, signal.SIGHUP); "
         "print(asked.names)"
     )
-    python.write_text(f"#!/bin/sh\nkill -USR1 $$\nexec {sys.executable} -c '{code}'\n")
+    python.write_text(
+        f"#!/bin/sh\nkill -USR1 $$\nkill -HUP $$\nexec {sys.executable} -c '{code}'\n"
+    )
     python.chmod(0o755)
     given = {"TITANS_PYTHON": str(python), variable: "x", "SLURM_ARRAY_TASK_ID": "0"}
     given |= {"MODULES": "slow", "BASH_FUNC_module%%": "() { kill -USR1 $$; kill -USR2 $$; }"}
@@ -138,7 +147,7 @@ def test_a_signal_before_python_hears_it_does_not_end_the_job(tmp_path, body, va
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (0, "['SIGUSR2']\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "['SIGUSR2', 'SIGHUP']\n"), done.stderr
 
 
 def test_outside_of_a_job_an_attempt_is_refused(tmp_path):
@@ -173,7 +182,7 @@ def allocation(**more):
 @pytest.mark.parametrize("state", ["RUNNING", "SUSPENDED", "CONFIGURING"])
 def test_an_attempt_at_work_is_left_alone(run, known, state):
     history.claim(run.path, attempt(job="5"))
-    known["5"] = slurm_job(id="5", state=state)
+    known["5"] = slurm_job(id="5", state=state, name=allocation().name)
     with pytest.raises(UserError, match="job 5 on a1"):
         opening.close_open(run, allocation(), 9)
     assert history.attempts(run.path) == [attempt(job="5")]
@@ -216,10 +225,100 @@ def test_while_slurm_does_not_answer_nobody_is_taken_for_dead(run, monkeypatch):
         raise SlurmError("no answer")
 
     monkeypatch.setattr(slurm_utils, "job", silent)
-    history.claim(run.path, attempt(job="5"))
+    history.claim(run.path, replace(attempt(job="5"), begun=time.time()))
     with pytest.raises(SlurmError):
         opening.close_open(run, allocation(), 9)
     assert history.attempts(run.path)[0].ended is None
+
+
+@pytest.fixture
+def forgotten(known, monkeypatch):
+    """A job that only an accounting that fails may remember."""
+
+    def broken(job):
+        raise SlurmError("sacct: no connection")
+
+    monkeypatch.setattr(slurm_utils, "job", broken)
+
+
+def test_an_attempt_of_long_ago_without_a_sign_of_life_is_over_whatever_slurm_says(run, forgotten):
+    history.claim(run.path, attempt(job="5"))
+    (closed,) = opening.close_open(run, allocation(), 9)
+    assert closed.verdict == "killed"
+
+
+@pytest.mark.parametrize("sign", ["beat", "lock"])
+def test_an_attempt_that_gives_signs_of_life_is_at_work_whatever_slurm_says(run, forgotten, sign):
+    history.claim(run.path, attempt(job="5"))
+    with open(run.lock, "w") as holder:
+        if sign == "lock":
+            fcntl.flock(holder, fcntl.LOCK_EX)
+        else:
+            heartbeat.write(run, {"attempt": 1, "rank": 0, "time": time.time()})
+        with pytest.raises(UserError, match="at work"):
+            opening.close_open(run, allocation(), 9)
+
+
+def test_another_runs_job_that_has_its_id_by_now_keeps_no_attempt_open(run, known):
+    history.claim(run.path, attempt(job="5", name="by-hand"))
+    known["5"] = slurm_job(id="5", state="RUNNING", name="by-hand")
+    with pytest.raises(UserError, match="at work"):
+        opening.close_open(run, allocation(), 9)
+    known["5"] = slurm_job(id="5", state="RUNNING", name="something-else")
+    (closed,) = opening.close_open(run, allocation(), 9)
+    assert closed.verdict == "killed"
+
+
+def test_a_preemption_that_the_ranks_could_not_tell_of_is_told_by_slurm(run, known, monkeypatch):
+    history.claim(run.path, attempt())
+    monkeypatch.setattr(slurm_command, "call", lambda query: "300 200")
+    (closed,) = opening.close_open(run, allocation(SLURM_RESTART_COUNT="1"), 9)
+    assert (closed.verdict, closed.asked) == ("killed", "preempted")
+    assert policy.fruitless([closed], "7") == 0
+
+
+def test_a_stop_that_its_attempt_could_not_act_upon_ends_the_jobs_next_start_once(run, known):
+    history.claim(run.path, attempt())
+    told = {"attempt": 1, "outcome": "stopped", "asked_by": "file", "reason": "stop"}
+    write_json(run.outcome, told)
+    again = allocation(SLURM_RESTART_COUNT="1")
+    before = opening.close_open(run, again, 9)
+    assert opening.consume_stop(run, again, before)
+    assert not opening.consume_stop(run, again, opening.close_open(run, again, 9))
+
+
+def test_a_stop_of_the_users_does_not_end_what_they_submit_after_it(run, known):
+    history.claim(run.path, attempt(job="5"))
+    told = {"attempt": 1, "outcome": "stopped", "asked_by": "file", "reason": "stop"}
+    write_json(run.outcome, told)
+    assert not opening.consume_stop(run, allocation(), opening.close_open(run, allocation(), 9))
+
+
+@pytest.fixture
+def begin(tmp_path, monkeypatch, asked):
+    """``begin()``: ``titans attempt`` of the run in job 7."""
+    path = tmp_path / "run.yaml"
+    path.write_text(run_config.dump(made(tmp_path, preflight=False)))
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    return lambda: attempts.run(path, asked)
+
+
+def test_a_twin_leaves_the_running_attempt_its_stop(run, known, begin):
+    history.claim(run.path, attempt(job="5", name="x"))
+    known["5"] = slurm_job(id="5", state="RUNNING", name="x")
+    run.stop.touch()
+    with pytest.raises(UserError, match="at work"):
+        begin()
+    assert run.stop.exists()
+
+
+def test_the_last_attempt_gets_its_end_where_nothing_is_left_to_do(run, known, begin, capsys):
+    history.claim(run.path, attempt(job="5"))
+    run.stop.touch()
+    assert begin() == 75
+    assert history.attempts(run.path)[0].ended is not None
+    assert not run.stop.exists()
 
 
 def test_what_a_killed_attempt_had_told_counts(run, known):
@@ -304,6 +403,18 @@ def test_ranks_that_refuse_before_their_log_is_open_are_understood(run, code, fi
     assert judge.outcome(run, SITUATION, end).verdict == "failed"
 
 
+def test_a_node_that_lacks_the_program_is_suspected_and_not_the_user(run):
+    end = StepEnd(2, told="srun: error: a2: tasks 2-3: Exited with exit code 2")
+    outcome = judge.outcome(run, SITUATION, end)
+    assert (outcome.verdict, outcome.suspects) == ("failed", ("a2.site",))
+
+
+def test_a_checkpoint_that_was_there_before_makes_no_attempt_done(run):
+    checkpoint(run, 9)
+    assert judge.outcome(run, replace(SITUATION, step_from=9), StepEnd(1)).verdict == "failed"
+    assert judge.outcome(run, SITUATION, StepEnd(1)).verdict == "done"
+
+
 @pytest.mark.parametrize("kind", ["limit", "preempted"])
 def test_a_failure_without_a_word_counts_as_asked_for_only_if_slurm_signalled(run, kind):
     quiet = replace(SITUATION, asked=kind)
@@ -355,10 +466,17 @@ def test_hosts_are_told_by_slurms_names():
 
 
 def test_the_time_limit_is_told_from_a_preemption_by_its_nearness():
-    assert judge.asked_by(1000, 1100, 120) == "limit"
-    assert judge.asked_by(1000, 1149, 120) == "limit"  # SLURM may signal half a minute early
-    assert judge.asked_by(1000, 4000, 120) == "preempted"
-    assert judge.asked_by(1000, None, 120) == "preempted"
+    told = {"preempted": lambda: True}
+    assert judge.asked_by(1000, 1100, 120, **told) == "limit"
+    assert judge.asked_by(1000, 1149, 120, **told) == "limit"  # it may come half a minute early
+    assert judge.asked_by(1000, 4000, 120, **told) == "preempted"
+    assert judge.asked_by(1000, None, 120, **told) == "preempted"
+
+
+def test_a_signal_that_is_neither_the_limits_nor_slurms_is_nobodys_and_counts():
+    assert judge.asked_by(1000, 4000, 120, preempted=lambda: False) == ""
+    stopped = policy.Outcome("stopped", "SIGTERM", "")
+    assert policy.fruitless([], "7", stopped) == 1
 
 
 @pytest.fixture
@@ -436,6 +554,41 @@ def test_a_step_that_ends_by_itself_has_its_exit_code(asked):
     assert (end.code, end.why, end.suspects) == (7, "", ())
 
 
+def test_ranks_are_asked_once_where_the_signal_before_the_limit_is_late_or_lost(asked):
+    told = []
+    limits = Limits(60, is_due=lambda: True)
+
+    def forward(process, name):
+        told.append(name)
+        if len(told) == 1:
+            threading.Timer(2.0, process.terminate).start()
+
+    step_of("import time; time.sleep(60)", asked, limits=limits, forward=forward)
+    assert len(told) == 1
+
+
+def test_ranks_records_are_read_no_more_often_than_they_are_written(asked):
+    looks = []
+    beats = lambda: looks.append(1) or {}  # noqa: E731
+    step_of("import time; time.sleep(2.5)", asked, beats=beats)
+    assert len(looks) == 1
+
+
+def test_a_look_that_takes_long_counts_as_silence(asked, monkeypatch):
+    step = Step(
+        [], {}, beats=dict, ended=lambda: False, asked=asked, is_ours=lambda: True,
+        forward=lambda process, name: None, limits=Limits(25.0), save_evidence=print,
+    )  # fmt: skip
+    clock = iter([0.0, 0.0, 20.0, 40.0, 60.0])
+    monkeypatch.setattr(steps.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(steps.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(steps, "_kill", lambda process: None)
+    monkeypatch.setattr(step, "_keeps", lambda process: True)
+    running = type("Running", (), {"poll": lambda self: None})()
+    assert "within 25 s" in step._watch(running)
+    assert next(clock) == 60.0
+
+
 def test_a_signal_is_forwarded_once(asked):
     told = []
 
@@ -458,6 +611,7 @@ def test_a_signal_is_forwarded_once(asked):
     ],
 )
 def test_a_step_is_ended_from_outside(asked, monkeypatch, limits, told, beats, why):
+    monkeypatch.setattr(steps, "LOOK_SECONDS", 0.5)
     monkeypatch.setattr(steps, "SILENT_SECONDS", 1.0)
     monkeypatch.setattr(steps, "ENDING_SECONDS", 1.0)
     kept = []
@@ -555,8 +709,7 @@ def supervised(tmp_path, known, asked, monkeypatch):
 
     monkeypatch.setattr(supervisor, "Step", record)
     monkeypatch.setattr(supervisor.step_number, "set_apart", lambda job, restarts: None)
-    monkeypatch.setattr(supervisor.checks, "of_run", lambda config, path: None)
-    monkeypatch.setattr(slurm_command, "call", lambda query: "1000 N/A")
+    monkeypatch.setattr(supervisor.checks, "of_run", lambda config, path, **more: None)
     known["7"] = slurm_job(state="RUNNING", seconds_left=3600)
 
     def make(**job):
@@ -639,6 +792,144 @@ def test_a_row_that_the_time_limit_ended_is_refused_with_what_mends_it(tmp_path)
 
 
 # what comes next
+
+
+@pytest.fixture
+def acted(monkeypatch):
+    """What SLURM was asked to do next; ``refused`` holds what it does not do."""
+    done = type("Acted", (), {"asked": [], "refused": set()})()
+
+    def do(what):
+        done.asked.append(what)
+        if what in done.refused:
+            raise SlurmError(f"{what} is not allowed")
+
+    def resubmitted(run, path, exclude):
+        do("resubmit")
+        return "8"
+
+    monkeypatch.setattr(resubmit, "requeue", lambda allocation, asked: do("requeue"))
+    monkeypatch.setattr(resubmit, "resubmit", resubmitted)
+    monkeypatch.setattr(resubmit, "move_dependents", lambda old, new, say: None)
+    monkeypatch.setattr(resubmit, "script", lambda run: run / "train.sbatch")
+    return done
+
+
+def ends(one, outcome):
+    decision = one.decide(outcome, [])
+    one.end(outcome, decision)
+    return decision
+
+
+FAILED = policy.Outcome("failed", "why", progress=True)
+HANG = policy.Outcome("hang", "why", progress=True, suspects=("a2",))
+SPARE = {"a1": "idle", "a2": "mixed", "a3": "idle"}
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_a_job_cancelled_while_its_end_was_put_down_does_not_come_back(
+    supervised, known, acted, state
+):
+    one, _ = supervised()
+    decision = ends(one, FAILED)
+    assert decision.action == "requeue"
+    known["7"] = slurm_job(state=state)
+    assert one.act(decision) == 75
+    assert acted.asked == []
+    (record,) = history.attempts(one.directory.path)
+    assert (record.action, record.next_job) == ("end", "")
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "action"),
+    [
+        ("COMPLETING", "", "end"),
+        ("COMPLETING", "TimeLimit", "requeue"),
+        ("SIGNALING", "", "requeue"),
+        ("SUSPENDED", "", "requeue"),
+        ("CANCELLED", "", "end"),
+    ],
+)
+def test_only_a_job_that_slurm_is_ending_ends(supervised, known, acted, state, reason, action):
+    one, _ = supervised()
+    known["7"] = slurm_job(state=state, reason=reason)
+    assert one.decide(FAILED, []).action == action
+
+
+def test_a_refused_resubmission_is_a_requeue_and_the_reverse(supervised, acted, monkeypatch):
+    monkeypatch.setattr(nodes, "states", lambda partition: SPARE)
+    one, _ = supervised()
+    decision = ends(one, HANG)
+    assert decision.action == "resubmit"
+    acted.refused.add("resubmit")
+    assert one.act(decision) == 75
+    assert acted.asked == ["resubmit", "requeue"]
+    (record,) = history.attempts(one.directory.path)
+    assert (record.action, record.next_job) == ("requeue", "7")
+    acted.refused = {"requeue"}
+    assert one.act(replace(decision, action="requeue")) == 75
+    (record,) = history.attempts(one.directory.path)
+    assert (record.action, record.next_job) == ("resubmit", "8")
+    acted.refused.add("resubmit")
+    with pytest.raises(SlurmError):
+        one.act(decision)
+    assert history.attempts(one.directory.path)[0].action == "end"
+
+
+@pytest.mark.parametrize(("mode", "action"), [("CANCEL", "resubmit"), ("REQUEUE", "end")])
+def test_a_job_that_is_preempted_for_good_is_submitted_again(
+    supervised, known, acted, monkeypatch, mode, action
+):
+    facts = {"main": {"PreemptMode": mode}}
+    monkeypatch.setattr(nodes.slurm_refusals, "partitions", lambda: facts)
+    one, _ = supervised()
+    known["7"] = slurm_job(state="COMPLETING")
+    assert one.decide(FAILED, []).action == "end"
+    monkeypatch.setattr(slurm_command, "call", lambda query: "1000 1200")
+    assert one.decide(FAILED, []).action == action
+
+
+def test_a_run_that_is_done_needs_no_answer_and_another_waits_for_it(supervised, monkeypatch):
+    answers = [SlurmError("no answer"), SlurmError("no answer"), slurm_job(state="RUNNING")]
+    one, _ = supervised()
+
+    def hesitant(job):
+        answer = answers.pop(0)
+        if isinstance(answer, SlurmError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(slurm_utils, "job", hesitant)
+    monkeypatch.setattr(supervisor.time, "sleep", lambda seconds: None)
+    assert one.decide(policy.Outcome("done", "all"), []).action == "finish"
+    assert len(answers) == 3
+    assert one.decide(FAILED, []).action == "requeue"
+    assert answers == []
+
+
+def test_a_proven_run_is_only_warned_of_a_slow_save(supervised, monkeypatch, capsys):
+    monkeypatch.setattr(supervisor.checks, "of_run", OF_RUN)
+    one, made_steps = supervised()
+    write_json(one.directory.last_save, {"step": 2, "seconds": 500.0, "bytes": 1})
+    assert one.outcome().verdict == "refused"
+    assert made_steps == []
+    history.write(one.directory.path, replace(attempt(), step_to=2, ended=1.0))
+    assert one.outcome().verdict == "failed"
+    assert len(made_steps) == 1
+    assert "job.signal_seconds: 120 is too short" in capsys.readouterr().out
+
+
+def test_ranks_are_told_the_end_at_which_they_are_killed(supervised, monkeypatch):
+    one, _ = supervised()
+    told = []
+
+    def record(command, environment, **more):
+        told.append(float(environment["TITANS_JOB_END"]))
+        return type("Made", (), {"run": lambda self: StepEnd(1)})()
+
+    monkeypatch.setattr(supervisor, "Step", record)
+    one.outcome()
+    assert told == [pytest.approx(one.job_end.limit() - supervisor.END_MARGIN_SECONDS, abs=2.0)]
 
 
 def test_a_process_whose_job_was_given_away_is_not_current(run, known):

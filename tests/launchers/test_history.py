@@ -63,7 +63,7 @@ def test_attempts_come_by_number_and_other_files_are_no_attempts(tmp_path):
     assert [one.number for one in history.attempts(tmp_path)] == [1, 9, 10]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"number": 1}', '{"number": 2}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"number": 1}', '{"number": 2}'])
 def test_a_record_that_is_none_is_named(tmp_path, text):
     history.claim(tmp_path, attempt(1))
     path = history.directory(tmp_path) / "attempt-1.json"
@@ -71,6 +71,37 @@ def test_a_record_that_is_none_is_named(tmp_path, text):
     with pytest.raises(TitansError, match="attempt 1 cannot be read") as error:
         history.attempts(tmp_path)
     assert error.value.where == str(path)
+
+
+@pytest.mark.parametrize("text", ["", "\0\0\0\0"])
+def test_an_attempt_whose_record_a_power_cut_emptied_was_killed(tmp_path, text):
+    history.claim(tmp_path, attempt(1))
+    (history.directory(tmp_path) / "attempt-1.json").write_text(text)
+    (lost,) = history.attempts(tmp_path)
+    assert (lost.verdict, lost.progress) == ("killed", False)
+    assert lost.ended is not None
+
+
+def test_a_claim_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    fsync, link = os.fsync, os.link
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append("file") or fsync(handle))
+    monkeypatch.setattr(os, "link", lambda *names: synced.append("link") or link(*names))
+    assert history.claim(tmp_path, attempt(1))
+    assert synced == ["file", "link", "file"]
+
+
+def test_a_claim_whose_answer_was_lost_is_ones_own(tmp_path, monkeypatch):
+    link = os.link
+
+    def repeated(*names):
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(os, "link", repeated)
+    assert history.claim(tmp_path, attempt(1))
+    assert not history.claim(tmp_path, attempt(1, "8"))
+    assert history.attempts(tmp_path)[0].job == "7"
 
 
 def test_an_attempt_in_one_line(tmp_path):

@@ -108,17 +108,17 @@ def frozen_node_that_thaws(run: Run, slurm: Cluster) -> None:
 
 
 EXPECTED: dict[Disturbance, str] = {
+    frozen_node_that_thaws: "killed",
+    time_limit: "stopped",
+    killed_rank: "failed",
+    untold_crash: "failed killed",
+    signal_to_one_rank: "stopped",
     preemption: "stopped",
     requeue: "stopped",
     told_crash: "failed killed",
     controller_restart: "",
     frozen_rank: "hang",
     preemption_by_user_signal: "stopped",
-    frozen_node_that_thaws: "killed",
-    time_limit: "stopped",
-    killed_rank: "failed",
-    untold_crash: "failed killed",
-    signal_to_one_rank: "stopped",
 }
 """How the attempt may end that a disturbance happens to; the controller's restart ends none."""
 
