@@ -45,6 +45,7 @@ def test_the_loss_is_the_last_validation_loss_of_the_run(trained, manifest, tmp_
     assert progress.rstrip().endswith("left")
 
 
+@pytest.mark.slow
 def test_the_bfloat16_export_of_a_bf16_run_has_its_loss(train, manifest, tmp_path):
     trained = train("bf16", "bfloat16")
     result = heldout.evaluate(trained.model, tmp_path, str(manifest), WHOLE_RUN)

@@ -156,6 +156,7 @@ def test_a_node_that_fails_costs_the_steps_since_the_last_save(slurm, tmp_path):
     assert first.nodes[0] not in second.nodes
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_away_at_the_end_is_waited_for(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["slow"])
     job = slurm.submit(run.script)
@@ -169,6 +170,7 @@ def test_a_controller_that_is_away_at_the_end_is_waited_for(slurm, tmp_path):
     assert run.verdicts == ["stopped", "done"]
 
 
+@pytest.mark.slow
 def test_ranks_that_fall_silent_are_ended_with_the_evidence_kept(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["silent"])
     job = slurm.submit(run.script)
@@ -201,6 +203,7 @@ def test_a_step_that_outlives_its_ranks_report_is_ended(slurm, tmp_path):
     assert "after its ranks told their end" in run.log
 
 
+@pytest.mark.slow
 def test_the_node_of_a_killed_rank_is_left_out(slurm, tmp_path):
     run = StubRun(tmp_path / "run", plays=["killed"])
     slurm.submit(run.script)

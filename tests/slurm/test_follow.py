@@ -140,6 +140,7 @@ def test_a_job_that_was_queued_by_hand_is_shown_and_stopped(slurm, tmp_path, nam
     slurm.wait(job)
 
 
+@pytest.mark.slow
 def test_a_job_that_has_begun_is_not_cancelled_as_one_that_waits(slurm):
     running = slurm.submit("-o", "/dev/null", "--wrap", "sleep 300")
     slurm.wait_running(running)
@@ -149,6 +150,7 @@ def test_a_job_that_has_begun_is_not_cancelled_as_one_that_waits(slurm):
     assert (slurm.states(running), slurm.states(waiting)) == ({"RUNNING"}, {"CANCELLED"})
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_down_is_told_and_nothing_waits_for_it(slurm, run):
     job = queue(slurm, run)
     slurm.wait_running(job)

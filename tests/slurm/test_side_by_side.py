@@ -25,6 +25,7 @@ def beside(slurm: Cluster, run: Run, name: str) -> str:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_of_several_jobs_of_a_run_one_trains_and_the_others_wait_or_refuse(slurm, tmp_path):
     run = Run(slurm, tmp_path / "run", prepare(tmp_path), steps=12, every=4, ranks_per_node=2)
