@@ -49,7 +49,7 @@ $(DEMO)/model/config.json: $(DEMO)/run/.trained
 	$(BIN)/titans export $(DEMO)/run $(DEMO)/model
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow" -n 2
+	$(BIN)/pytest -m "not slow" -n 3
 
 test-full: $(READY)
 	$(BIN)/pytest -n 2

@@ -190,6 +190,7 @@ def compare(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_preempted_run_that_loses_a_node_ends_with_the_bits_of_one_left_alone(slurm, tmp_path):
     most_lost = 2 * EVERY  # a save that goes on beside the training is whole before the next one

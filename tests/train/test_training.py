@@ -87,7 +87,10 @@ def test_a_run_moves_to_other_ranks_is_finished_once_and_never_started_twice(mak
     assert [row["step"] for row in one.rows()] == [1, 2, 2, 3, 3, 4, 4]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)],
+)
 def test_a_signal_to_stop_saves_after_the_step_and_exits_75(make_run, number):
     run = make_run(train={"steps": 10_000}, checkpoint={"every": 0})
     process = run.start("--ranks", "2")

@@ -167,7 +167,9 @@ class Worker:
         self._directory.create()
         self._lease.take()
         self._directory.forget_last()
-        retention.remove_leftovers(self._directory.checkpoints)  # before one is chosen
+        root = self._directory.checkpoints
+        for name in retention.remove_leftovers(root):  # before one is chosen
+            notes = [*notes, f"removed the remains of an interrupted save: {root / name}"]
         if not resume:
             return notes, None
         checkpoint, skipped = newest_good(self._directory.checkpoints)
