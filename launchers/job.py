@@ -21,22 +21,13 @@ SWEEP = "sweep"
 STAGE_TIME = "1:00:00"
 
 
-def training_spec(
-    config: RunConfig,
-    *,
-    directory: Path,
-    config_path: Path,
-    dependency: str = "",
-    exclude: Sequence[str] = (),
-) -> JobSpec:
+def training_spec(config: RunConfig, *, directory: Path, config_path: Path) -> JobSpec:
     """The job that trains a run; it never runs beside another one of the same run.
 
     Args:
         config: the run.
         directory: of the run.
         config_path: its frozen configuration, which the job reads.
-        dependency: what else it waits for.
-        exclude: nodes to leave out besides ``job.exclude``.
     """
     variables = {"CONFIG": str(config_path), **_python(config, in_step=False)}
     return JobSpec(
@@ -44,8 +35,8 @@ def training_spec(
         body="pretrain",
         output=_log(directory, "slurm-%j.log"),
         variables=variables,
-        dependency=",".join(filter(None, (dependency, "singleton"))),
-        **_training(config, exclude),
+        dependency="singleton",
+        **_training(config),
     )
 
 
@@ -72,17 +63,12 @@ def sweep_spec(
         output=_log(directory, "slurm-%A_%a.log"),
         variables={"SWEEP": str(sweep_path), **_python(config, in_step=False)},
         array=_ids(members) + (f"%{at_once}" if at_once else ""),
-        **_training(config, ()),
+        **_training(config),
     )
 
 
 def stage_spec(
-    stage: StageName,
-    config: RunConfig,
-    *,
-    directory: Path,
-    config_path: Path,
-    dependency: str = "",
+    stage: StageName, config: RunConfig, *, directory: Path, config_path: Path
 ) -> JobSpec:
     """The job of a stage beside training.
 
@@ -91,7 +77,6 @@ def stage_spec(
         config: the run.
         directory: of the run.
         config_path: its frozen configuration.
-        dependency: what it waits for.
 
     Raises:
         UserError: the configuration has not what the stage works on.
@@ -120,7 +105,6 @@ def stage_spec(
         reservation="" if elsewhere else job.reservation,
         exclude=() if elsewhere else tuple(job.exclude),
         array=(f"0-{tasks - 1}" + (f"%{at_once}" if at_once else "")) if tasks else "",
-        dependency=dependency,
         modules=tuple(job.modules),
         environment=dict(job.environment),
         launcher=stage_launcher(job, gpu=bool(asked.gpus)),
@@ -168,7 +152,7 @@ def _digest(place: Path) -> str:
     return hashlib.sha256(str(place).encode()).hexdigest()[:8]
 
 
-def _training(config: RunConfig, exclude: Sequence[str]) -> dict[str, Any]:
+def _training(config: RunConfig) -> dict[str, Any]:
     """What ``job`` asks of SLURM, as fields of a JobSpec."""
     job = config.job
     return {
@@ -184,7 +168,7 @@ def _training(config: RunConfig, exclude: Sequence[str]) -> dict[str, Any]:
         "qos": job.qos,
         "constraint": job.constraint,
         "reservation": job.reservation,
-        "exclude": tuple(dict.fromkeys((*job.exclude, *exclude))),
+        "exclude": tuple(job.exclude),
         "signal": f"B:USR1@{job.signal_seconds}",
         "options": tuple(job.options),
         "modules": tuple(job.modules),

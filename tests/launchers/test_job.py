@@ -60,7 +60,7 @@ class TestTraining:
             "options": ["--exclusive", "--mail-user=me@example.org", "--comment=a b"],
             "signal_seconds": 600,
         }
-        spec = training(section, exclude=["gpu9", "gpu[3-4]"], dependency="afterok:7")
+        spec = training(section)
         assert asked(spec, tmp_path) == {
             "job-name": job.job_name(run(), PLACE),
             "output": "/runs/first/logs/slurm-%j.log",
@@ -79,8 +79,8 @@ class TestTraining:
             "qos": "long",
             "constraint": "ib&h100",
             "reservation": "weekend",
-            "exclude": "gpu[3-4],gpu9",
-            "dependency": "afterok:7,singleton",
+            "exclude": "gpu[3-4]",
+            "dependency": "singleton",
             "signal": "B:USR1@600",
             "exclusive": "",
             "mail-user": "me@example.org",
