@@ -1,14 +1,13 @@
 """Short runs that any mesh takes up: their data, their configuration, what their ranks read."""
 
 import json
-import random
 import shutil
 from pathlib import Path
 
 import torch
 from ranks import run_ranks
 
-from titans_pretrain import cli, config
+from titans_pretrain import config
 from titans_pretrain.checkpoint.format import newest_good
 from titans_pretrain.checkpoint.load import read_tensors
 from titans_pretrain.parallel import devices, mesh
@@ -18,24 +17,7 @@ from titans_pretrain.train.directory import RunDirectory
 from titans_pretrain.train.signals import StopRequest
 from titans_pretrain.train.trainer import Trainer
 
-WORDS = ("river", "learns", "at", "test", "time", "small", "waves", "of", "surprise", "pass")
 CLOCK = ("seconds", "tokens_per_second")
-
-
-def prepare(directory):
-    """The manifest of a prepared corpus of 20,000 tokens in ``directory``."""
-    dice = random.Random(0)
-    text, tokenizer, data = (directory / name for name in ("text.jsonl", "t.model", "data"))
-    with open(text, "w") as handle:
-        for number in range(120):
-            words = " ".join(dice.choice(WORDS) for _ in range(dice.randint(20, 120)))
-            handle.write(json.dumps({"id": str(number), "text": words}) + "\n")
-    for arguments in (
-        ["tokenizer", "--input", text, "--vocab-size", "300", "--output", tokenizer],
-        ["prepare", "--input", text, "--tokenizer", tokenizer, "--output", data],
-    ):
-        assert not cli.main(["data", *map(str, arguments)])
-    return data / "manifest.json"
 
 
 def sections(manifest, directory, variant, sizes=(1, 1, 1), *, steps, rows=8):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from resume_cases import Steps, prepare
+from resume_cases import Steps
+from tiny import prepare
 
 from titans_pretrain.train.build import open_data
 

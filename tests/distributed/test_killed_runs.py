@@ -14,7 +14,8 @@ import time
 import pytest
 import torch
 import yaml
-from resume_cases import prepare, sections, tensors, timeless_rows
+from resume_cases import sections, tensors, timeless_rows
+from tiny import prepare
 
 from titans_pretrain.checkpoint.format import newest_good, read_state
 

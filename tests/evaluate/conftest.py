@@ -9,22 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from held_out_data import prepare
+from tiny import MODEL, prepare
 
 from titans_pretrain.export import huggingface
-
-MODEL = {
-    "variant": "lmm",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "intermediate_size": 16,
-    "memory_depth": 1,
-    "chunk_size": 16,
-    "num_persistent_tokens": 2,
-    "remember_across_documents": False,
-}
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +27,7 @@ def train(manifest, tmp_path_factory) -> Callable[[str, str], SimpleNamespace]:
     def train(precision: str, dtype: str) -> SimpleNamespace:
         place = tmp_path_factory.mktemp("trained")
         config = {
-            "model": MODEL,
+            "model": MODEL | {"remember_across_documents": False},
             "data": {"manifest": str(manifest), "sequence_length": 32, "validation_fraction": 0.05},
             "train": {
                 "steps": 3,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from held_out_data import prepare
+from tiny import prepare
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from titans_pretrain import cli

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from tiny import MODEL
 
 from launchers import slurm_refusals, slurm_utils
 from titans_pretrain import config as run_config
@@ -12,18 +13,6 @@ from titans_pretrain.checkpoint.manifest import record_file
 from titans_pretrain.checkpoint.manifest import write as write_manifest
 from titans_pretrain.errors import TitansError
 from titans_pretrain.files import write_json
-
-MODEL = {
-    "variant": "lmm",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "intermediate_size": 16,
-    "memory_depth": 1,
-    "chunk_size": 16,
-    "num_persistent_tokens": 2,
-}
 
 
 def job_of(number, name, state="PENDING"):

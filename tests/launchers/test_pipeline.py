@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import yaml
-from submit_cases import FakeSlurm, rows, write_checkpoint, write_config, write_export
+from submit_cases import rows, write_checkpoint, write_config, write_export
 
 from launchers import pipeline, submit
 from titans_pretrain import cli
@@ -13,13 +13,6 @@ from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.files import write_json
 
 ALL = ["plan", "prepare", "merge", "train", "export", "eval"]
-
-
-@pytest.fixture
-def slurm(monkeypatch):
-    fake = FakeSlurm()
-    fake.install(monkeypatch)
-    return fake
 
 
 @pytest.fixture

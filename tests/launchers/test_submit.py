@@ -7,19 +7,12 @@ import sys
 
 import pytest
 import yaml
-from submit_cases import FakeSlurm, job_of, rows, write_checkpoint, write_config
+from submit_cases import job_of, rows, write_checkpoint, write_config
 
 from launchers import submit, submitted
 from titans_pretrain import cli
 from titans_pretrain.errors import UserError
 from titans_pretrain.files import write_json
-
-
-@pytest.fixture
-def slurm(monkeypatch):
-    fake = FakeSlurm()
-    fake.install(monkeypatch)
-    return fake
 
 
 @pytest.fixture

@@ -4,19 +4,14 @@ import os
 import stat
 
 import pytest
-from submit_cases import FakeSlurm, write_checkpoint, write_config
+from submit_cases import write_checkpoint, write_config
 
 from launchers import checks, submit
 from titans_pretrain import config as run_config
 from titans_pretrain.errors import UserError
 from titans_pretrain.files import write_json
 
-
-@pytest.fixture(autouse=True)
-def slurm(monkeypatch):
-    fake = FakeSlurm()
-    fake.install(monkeypatch)
-    return fake
+pytestmark = pytest.mark.usefixtures("slurm")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from submit_cases import FakeSlurm, job_of, rows, write_checkpoint, write_config
+from submit_cases import job_of, rows, write_checkpoint, write_config
 
 from launchers import sweep
 from titans_pretrain import cli
@@ -13,13 +13,6 @@ from titans_pretrain.errors import UserError
 
 RATES = "train.learning_rate=0.01,0.02"
 SEEDS = "train.seed=1,2"
-
-
-@pytest.fixture
-def slurm(monkeypatch):
-    fake = FakeSlurm()
-    fake.install(monkeypatch)
-    return fake
 
 
 @pytest.fixture

@@ -5,22 +5,12 @@ import sys
 from pathlib import Path
 
 import yaml
+from tiny import MODEL
 
 from launchers import history
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-MODEL = {
-    "variant": "lmm",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "intermediate_size": 16,
-    "memory_depth": 1,
-    "chunk_size": 16,
-    "num_persistent_tokens": 2,
-}
 
 
 class StubRun:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 from slurm_cluster import Cluster, until
+from tiny import MODEL
 
 from launchers import history
 from titans_pretrain import cli
@@ -19,33 +19,7 @@ from titans_pretrain.checkpoint.format import newest_good
 from titans_pretrain.checkpoint.load import read_tensors
 
 HERE = Path(__file__).parent
-WORDS = ("river", "learns", "at", "test", "time", "small", "waves", "of", "surprise", "pass")
 CLOCK = ("seconds", "tokens_per_second")
-MODEL = {
-    "variant": "lmm",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "intermediate_size": 16,
-    "chunk_size": 16,
-}
-
-
-def prepare(directory):
-    """The manifest of a small prepared corpus in ``directory``."""
-    dice = random.Random(0)
-    text, tokenizer, data = (directory / name for name in ("text.jsonl", "t.model", "data"))
-    with open(text, "w") as handle:
-        for number in range(120):
-            words = " ".join(dice.choice(WORDS) for _ in range(dice.randint(20, 120)))
-            handle.write(json.dumps({"id": str(number), "text": words}) + "\n")
-    for arguments in (
-        ["tokenizer", "--input", text, "--vocab-size", "300", "--output", tokenizer],
-        ["prepare", "--input", text, "--tokenizer", tokenizer, "--output", data],
-    ):
-        assert not cli.main(["data", *map(str, arguments)])
-    return data / "manifest.json"
 
 
 class Run:
@@ -80,7 +54,7 @@ class Run:
         search = os.pathsep.join(filter(None, [str(HERE / "pace"), os.environ.get("PYTHONPATH")]))
         environment = {"PYTHONPATH": search, "TITANS_PACE": str(self._pace)}
         tree = {
-            "model": MODEL,
+            "model": MODEL | {"memory_depth": 2, "num_persistent_tokens": 16},
             "data": {"manifest": str(manifest), "sequence_length": 32, "validation_fraction": 0.05},
             "train": {
                 "steps": steps,

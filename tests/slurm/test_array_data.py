@@ -1,6 +1,5 @@
 """Data prepared by an array job whose tasks are killed, on the test cluster."""
 
-import json
 import os
 import random
 import sys
@@ -8,12 +7,20 @@ from pathlib import Path
 
 import pytest
 from slurm_commands import until
+from tiny import write_text
 
 from titans_pretrain import cli
 
 READY = Path(__file__).resolve().parents[2] / "launchers/prepare.sbatch"
-WORDS = ("river", "learns", "at", "test", "time", "small", "waves", "of", "surprise", "pass")
 TASKS, KILLED = 8, (1, 4, 6)
+# The tasks to be killed stop in the middle of their work, so that the kill finds them there.
+STOPPING = """#!/bin/bash
+case $SLURM_ARRAY_TASK_ID in {tasks}) ;; *) exec {python} "$@" ;; esac
+{python} "$@" &
+sleep $((SLURM_ARRAY_TASK_ID / 2))
+kill -STOP $!
+sleep 1000
+"""
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +29,7 @@ def corpus(tmp_path_factory):
     directory = tmp_path_factory.mktemp("text")
     dice = random.Random(0)
     for number in range(2 * TASKS):
-        with open(directory / f"{number}.jsonl", "w") as handle:
-            for row in range(40):
-                text = " ".join(dice.choice(WORDS) for _ in range(dice.randint(20, 120)))
-                handle.write(json.dumps({"id": f"{number}-{row}", "text": text}) + "\n")
+        write_text(directory / f"{number}.jsonl", 40, dice, f"{number}-")
     tokenizer = ["--vocab-size", "300", "--output", str(directory / "t.model")]
     assert not cli.main(["data", "tokenizer", "--input", f"{directory}/*.jsonl", *tokenizer])
     return directory
@@ -50,6 +54,10 @@ def test_the_same_command_again_does_what_killed_tasks_left(slurm, corpus, tmp_p
         assert not cli.main(prepare)
     monkeypatch.setenv("OUTPUT", str(output))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    python = tmp_path / "python"
+    python.write_text(STOPPING.format(tasks="|".join(map(str, KILLED)), python=sys.executable))
+    python.chmod(0o755)
+    monkeypatch.setenv("TITANS_PYTHON", str(python))
     command = [f"--array=0-{TASKS - 1}%3", f"--output={tmp_path}/%A_%a.log", str(READY)]
 
     array = slurm.submit(*command)
@@ -62,6 +70,7 @@ def test_the_same_command_again_does_what_killed_tasks_left(slurm, corpus, tmp_p
     assert [task for task, end in enumerate(ends) if end != {"COMPLETED"}] == list(KILLED)
     assert not (output / "manifest.json").exists()
 
+    monkeypatch.delenv("TITANS_PYTHON")
     again = slurm.submit(*command)
     assert slurm.wait(again, 240) == {"COMPLETED"}
     assert not cli.main(["data", "verify", str(output)])

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from disturbed_run import Run, prepare
+from disturbed_run import Run
 from slurm_cluster import Cluster, until
 from slurm_daemons import send, tasks
+from tiny import prepare
 
 EVERY = 5
 PACE = 0.5

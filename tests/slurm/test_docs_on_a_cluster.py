@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 from slurm_commands import until
+from tiny import write_text
 
 from launchers import submitted
 from titans_pretrain import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = ("river", "learns", "at", "test", "time", "small", "waves", "of", "surprise", "pass")
 
 
 def blocks(page, language):
@@ -30,10 +30,7 @@ def workplace(tmp_path, monkeypatch, slurm):
     dice = random.Random(0)
     (tmp_path / "text").mkdir()
     for name in ("one", "two"):
-        with open(f"text/{name}.jsonl", "w") as handle:
-            for number in range(80):
-                text = " ".join(dice.choice(WORDS) for _ in range(dice.randint(20, 120)))
-                handle.write(json.dumps({"id": f"{name}-{number}", "text": text}) + "\n")
+        write_text(tmp_path / "text" / f"{name}.jsonl", 80, dice, f"{name}-")
     tokenizer = ["--vocab-size", "300", "--output", "tokenizer.model"]
     assert not cli.main(["data", "tokenizer", "--input", "text/*.jsonl", *tokenizer])
     run = yaml.safe_load(blocks("docs/slurm.md", "yaml")[0])

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from attempt_cases import StubRun
-from disturbed_run import Run, prepare
+from disturbed_run import Run
 from slurm_cluster import Cluster, until
+from tiny import prepare
 
 from launchers import submitted
 from titans_pretrain import cli

@@ -5,20 +5,10 @@ import json
 import pytest
 import yaml
 from submitted_python import Interpreter
+from tiny import MODEL
 
 from titans_pretrain import cli
 
-MODEL = {
-    "variant": "lmm",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "intermediate_size": 16,
-    "memory_depth": 1,
-    "chunk_size": 16,
-    "num_persistent_tokens": 2,
-}
 CHAIN = ["plan", "prepare", "merge", "attempt", "export", "eval"]
 SECONDS = 120
 

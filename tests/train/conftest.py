@@ -1,45 +1,15 @@
 """Prepared data of a few thousand tokens, and the ``titans train`` command on it."""
 
-import json
-import random
-
 import pytest
 import yaml
 from run_command import Run
-
-from titans_pretrain import cli
-
-WORDS = ("river", "learns", "at", "test", "time", "small", "waves", "of", "surprise", "pass")
-MODEL = {
-    "variant": "lmm",
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "intermediate_size": 16,
-    "memory_depth": 1,
-    "chunk_size": 16,
-    "num_persistent_tokens": 2,
-}
+from tiny import MODEL, prepare
 
 
 @pytest.fixture(scope="session")
 def manifest(tmp_path_factory):
     """The manifest of a prepared corpus."""
-    directory = tmp_path_factory.mktemp("corpus")
-    dice = random.Random(0)
-    with open(directory / "text.jsonl", "w") as handle:
-        for number in range(120):
-            text = " ".join(dice.choice(WORDS) for _ in range(dice.randint(20, 120)))
-            handle.write(json.dumps({"id": str(number), "text": text}) + "\n")
-    text, model, data = (directory / name for name in ("text.jsonl", "tokenizer.model", "data"))
-    assert not cli.main(
-        ["data", "tokenizer", "--input", str(text), "--vocab-size", "300", "--output", str(model)]
-    )
-    assert not cli.main(
-        ["data", "prepare", "--input", str(text), "--tokenizer", str(model), "--output", str(data)]
-    )
-    return data / "manifest.json"
+    return prepare(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
