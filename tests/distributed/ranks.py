@@ -20,7 +20,7 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def run_ranks(function, count, *arguments, timeout=90):
+def run_ranks(function, count, *arguments, timeout=240):
     """``function(*arguments)`` on every rank, inside a process group; the results in rank order.
 
     Raises:
