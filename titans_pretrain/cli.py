@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain import cli_data, cli_slurm, errors, terminal
-from titans_pretrain.cli_types import natural, positive, share
+from titans_pretrain import cli_data, cli_model, cli_slurm, errors, terminal
+from titans_pretrain.cli_types import natural, positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,9 +46,12 @@ def train(options: argparse.Namespace) -> int:
     from titans_pretrain import config
     from titans_pretrain.train import launch
 
-    arguments = ["train", options.config, *options.override, *["--resume"] * options.resume]
+    override = [*options.override]
+    if options.init_from is not None:  # quoted: a path may look like any YAML
+        override.append(f"train.init_from={json.dumps(str(options.init_from.absolute()))}")
+    arguments = ["train", options.config, *override, *["--resume"] * options.resume]
     return launch.train(
-        config.load(options.config, options.override),
+        config.load(options.config, override),
         ranks=options.ranks,
         resume=options.resume,
         arguments=arguments,
@@ -125,61 +128,6 @@ def checkpoint_verify(options: argparse.Namespace) -> None:
         )
 
 
-def export(options: argparse.Namespace) -> None:
-    """Write a Hugging Face directory and prove it in a clean process."""
-    from titans_pretrain.export import huggingface
-
-    source = huggingface.export(
-        options.checkpoint,
-        options.out,
-        dtype=options.dtype,
-        max_shard_size=options.max_shard_size,
-    )
-    print(f"{options.out}: exported from {source}; a clean process gives the same logits")
-
-
-def generate(options: argparse.Namespace) -> None:
-    """Print a prompt and its continuation."""
-    from titans_pretrain import generate
-
-    sampling = generate.Sampling(
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        use_cache=options.cache,
-    )
-    generate.generate(
-        options.model,
-        options.prompt,
-        sampling,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    """Score an exported model on held-out data."""
-    from titans_pretrain.evaluate import heldout
-
-    choice = heldout.Choice(
-        sequence_length=options.sequence_length,
-        validation_fraction=options.validation_fraction,
-        sequences=options.sequences,
-        batch=options.batch,
-    )
-    result = heldout.evaluate(
-        options.model,
-        options.out,
-        options.data,
-        choice,
-        device=options.device,
-        trust_remote_code=options.trust_remote_code,
-    )
-    print(heldout.table(result), end="")
-
-
 def report(options: argparse.Namespace) -> None:
     """Draw loss curves and print a table of runs."""
     from titans_pretrain.report import report
@@ -204,9 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(verbs)
     _add_plan(verbs)
     _add_checkpoint(verbs)
-    _add_export(verbs)
-    _add_generate(verbs)
-    _add_eval(verbs)
+    cli_model.add(verbs)
     _add_report(verbs)
     cli_slurm.add(verbs)
     return parser
@@ -228,6 +174,12 @@ def _add_train(verbs: Any) -> None:
         help="processes to start here (one a GPU, or 1); not under torchrun or srun",
     )
     verb.add_argument("--resume", action="store_true", help="go on from the newest good checkpoint")
+    verb.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="DIR",
+        help="initial weights: what titans export wrote; no effect once a checkpoint is there",
+    )
 
 
 def _add_plan(verbs: Any) -> None:
@@ -256,68 +208,6 @@ def _add_checkpoint(verbs: Any) -> None:
     job.set_defaults(verb=checkpoint_verify)
     job.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
     job.add_argument("--step", type=natural, help="only this one")
-
-
-def _add_export(verbs: Any) -> None:
-    verb = verbs.add_parser("export", help="a checkpoint as a Hugging Face directory")
-    verb.set_defaults(verb=export)
-    verb.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="RUN/checkpoints/step-N, or RUN for its newest good one",
-    )
-    verb.add_argument("out", type=Path, metavar="OUT", help="directory to make")
-    verb.add_argument("--dtype", default="float32", help="float32 or bfloat16 (%(default)s)")
-    verb.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of a weights file (%(default)s)"
-    )
-
-
-def _add_generate(verbs: Any) -> None:
-    verb = verbs.add_parser("generate", help="text from an exported model")
-    verb.set_defaults(verb=generate)
-    verb.add_argument("model", type=Path, metavar="MODEL_DIR", help="what titans export wrote")
-    verb.add_argument("prompt", metavar="PROMPT", help='text to go on from; "" begins a document')
-    verb.add_argument("--max-new-tokens", type=int, default=100, help="at most (%(default)s)")
-    verb.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest (%(default)s)"
-    )
-    verb.add_argument("--top-k", type=int, default=0, help="0 samples among all (%(default)s)")
-    verb.add_argument("--top-p", type=float, default=1.0, help="nucleus (%(default)s)")
-    verb.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
-    verb.add_argument("--no-cache", dest="cache", action="store_false", help="recompute each token")
-    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (%(default)s)")
-    verb.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the Python files of a model of another kind",
-    )
-
-
-def _add_eval(verbs: Any) -> None:
-    verb = verbs.add_parser("eval", help="held-out loss and perplexity of an exported model")
-    verb.set_defaults(verb=evaluate)
-    verb.add_argument("model", type=Path, metavar="MODEL_DIR", help="what titans export wrote")
-    verb.add_argument("out", type=Path, metavar="OUT", help="directory of the results")
-    verb.add_argument(
-        "--data", required=True, metavar="MANIFEST", help="prepared data; path or URL"
-    )
-    verb.add_argument("--sequence-length", type=positive, help="tokens (as in training)")
-    verb.add_argument("--sequences", type=natural, default=0, help="at most; 0: all (%(default)s)")
-    verb.add_argument("--batch", type=positive, default=1, help="sequences at once (%(default)s)")
-    verb.add_argument(
-        "--validation-fraction",
-        type=share,
-        metavar="SHARE",
-        help="of the data, the last, that is held out (as in training)",
-    )
-    verb.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (%(default)s)")
-    verb.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the Python files of a model of another kind",
-    )
 
 
 def _add_report(verbs: Any) -> None:

@@ -134,6 +134,63 @@ def data_at_step(options: argparse.Namespace) -> None:
     at_step.show(options.run, options.step, text=options.text, as_json=options.json)
 
 
+def data_babilong(options: argparse.Namespace) -> None:
+    """Write BABILong samples to train on."""
+    from data_prep import tokenizer
+    from titans_pretrain.evaluate import babilong_context, babilong_training
+
+    wanted = babilong_training.Documents(
+        tasks=options.tasks.split(","),
+        length=options.length,
+        samples=options.samples,
+        bos=options.bos,
+        seed=options.seed,
+    )
+    babilong_training.write(
+        options.output,
+        tokenizer.Tokenizer(options.tokenizer),
+        options.facts,
+        babilong_context.Background(options.background),
+        wanted,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(f"{options.output}: {options.samples} documents of {options.length} tokens")
+
+
+def data_needle(options: argparse.Namespace) -> None:
+    """Write needle-in-a-haystack samples to train on."""
+    from data_prep import tokenizer
+    from titans_pretrain.evaluate import needle_text, needle_training
+
+    if (options.length is None) == (options.haystack is None):
+        raise UserError(
+            "--length and --haystack are both given" if options.length else "no length",
+            where="--length",
+            fix="give one of --length (with --tokenizer) and --haystack",
+        )
+    if (options.length is None) != (options.tokenizer is None):
+        raise UserError(
+            "a length is tokens of a tokenizer's, a haystack needs none",
+            where="--tokenizer",
+            fix="give --length with --tokenizer, or --haystack alone",
+        )
+    haystack = needle_text.haystack(options.kind, options.essays)
+    wanted = needle_training.Documents(
+        length=options.length or 0, samples=options.samples, bos=options.bos, seed=options.seed
+    )
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if options.haystack is not None:
+        needle_training.write_sized(options.output, haystack, options.haystack, wanted, tell)
+        print(f"{options.output}: {options.samples} documents")
+        return
+    model = tokenizer.Tokenizer(options.tokenizer)
+    needle_training.write(options.output, model, haystack, wanted, tell)
+    print(f"{options.output}: {options.samples} documents of {options.length} tokens")
+
+
 def _typed(options: argparse.Namespace) -> bool:
     """Whether the inputs are named.
 
@@ -248,6 +305,8 @@ def add(verbs: Any) -> None:
     _add_verify(jobs)
     _add_inspect(jobs)
     _add_at_step(jobs)
+    _add_babilong(jobs)
+    _add_needle(jobs)
 
 
 def _add_tokenizer(jobs: Any) -> None:
@@ -365,6 +424,62 @@ def _add_at_step(jobs: Any) -> None:
     job.add_argument("step", type=positive, metavar="STEP", help="optimizer step, from 1")
     job.add_argument("--text", action="store_true", help="print the text, too")
     job.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_babilong(jobs: Any) -> None:
+    job = jobs.add_parser("babilong", help="questions on facts in long texts, to fine-tune on")
+    job.set_defaults(verb=data_babilong)
+    job.add_argument(
+        "--facts", type=Path, required=True, metavar="DIR", help="bAbI's files (en-10k)"
+    )
+    job.add_argument(
+        "--background",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="text files that come between the facts, such as books",
+    )
+    job.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model file")
+    job.add_argument(
+        "--tasks", default="qa1,qa2,qa3,qa4,qa5", help="with commas between (%(default)s)"
+    )
+    job.add_argument("--length", type=positive, required=True, help="tokens of a document")
+    job.add_argument("--samples", type=positive, default=10_000, help="documents (%(default)s)")
+    job.add_argument("--bos", action="store_true", help="leave room for a BOS (data prepare --bos)")
+    job.add_argument("--seed", type=natural, default=0, help="of what is drawn (%(default)s)")
+    job.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
+
+
+def _add_needle(jobs: Any) -> None:
+    job = jobs.add_parser("needle", help="a value hidden in a long text, to train on")
+    job.set_defaults(verb=data_needle)
+    job.add_argument(
+        "--kind",
+        choices=("niah_pk", "niah_number", "niah_uuid", "niah_words"),
+        default="niah_pk",
+        help="as titans eval --tasks has it (%(default)s)",
+    )
+    job.add_argument(
+        "--essays",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="text files that hide the needles; niah_pk has a line of its own",
+    )
+    job.add_argument("--tokenizer", type=Path, help="sentencepiece .model file, for --length")
+    job.add_argument("--length", type=positive, help="tokens of a document")
+    job.add_argument(
+        "--haystack",
+        type=positive,
+        metavar="N",
+        help="instead, lines (niah_pk) or words of haystack: to train a tokenizer on",
+    )
+    job.add_argument("--samples", type=positive, default=10_000, help="documents (%(default)s)")
+    job.add_argument("--bos", action="store_true", help="leave room for a BOS (data prepare --bos)")
+    job.add_argument("--seed", type=natural, default=0, help="of what is drawn (%(default)s)")
+    job.add_argument("--output", type=Path, required=True, help="the .jsonl file to write")
 
 
 _INPUT_HELP = "parquet, arrow, jsonl, jsonl.gz, jsonl.zst or txt files (quoted globs or URLs)"

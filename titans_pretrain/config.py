@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from titans_pretrain import config_rules
+from titans_pretrain.baselines import foreign
 from titans_pretrain.config_job import JobSection, PipelineSection
 from titans_pretrain.config_section import Section
 from titans_pretrain.errors import UserError, nearest
@@ -124,6 +125,8 @@ class TrainSection(Section):
     """Sequences of a validation; 0 takes all held-out ones."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights."""
+    init_from: str = ""
+    """Directory that titans export wrote: initial weights. No effect once a checkpoint is there."""
 
 
 class CheckpointSection(Section):
@@ -175,7 +178,7 @@ class RunConfig(Section):
     """A whole run."""
 
     model: dict[str, Any]
-    """Resolved fields of TitansConfig (titans_pretrain/model/fields.py)."""
+    """Resolved fields of TitansConfig (titans_pretrain/model/fields.py), or ``hf`` and its keys."""
     data: DataSection
     mesh: MeshSection = MeshSection()
     train: TrainSection
@@ -242,6 +245,8 @@ def resolve_model(section: Mapping[str, Any], where: "_Where | None" = None) -> 
             where.fail(("model",), f"model: {name!r} is no name of a field", "give names of fields")
     preset = given.pop("preset", None)
     base = load_preset(preset, where) if preset is not None else {}
+    if foreign.is_foreign(base | given):
+        return _resolve_foreign(preset, base, given, where)
     if given.get("variant", base.get("variant")) != base.get("variant") and base:
         where.fail(
             ("model", "variant"),
@@ -260,6 +265,21 @@ def resolve_model(section: Mapping[str, Any], where: "_Where | None" = None) -> 
                 "take it out, or choose a variant out of " + ", ".join(fields.TABLE[name].variants),
             )
     return values
+
+
+def _resolve_foreign(
+    preset: Any, base: Mapping[str, Any], given: Mapping[str, Any], where: "_Where"
+) -> dict[str, Any]:
+    """The keys of another library's model."""
+    key = ("model", foreign.KEY)
+    name = given.get(foreign.KEY, base.get(foreign.KEY))
+    if base and name != base.get(foreign.KEY):
+        what = f"model.hf: {name!r} is not the model of preset {preset!r}"
+        where.fail(key, what, "take out one of the two")
+    try:
+        return foreign.resolve({**base, **given})
+    except UserError as error:
+        where.fail(tuple(error.where.split(".")), error.what, error.fix)
 
 
 def resolve_job(section: Mapping[str, Any], where: "_Where | None" = None) -> dict[str, Any]:
@@ -415,7 +435,10 @@ def _override(raw: dict[str, Any], text: str, lines: dict[tuple[str, ...], str])
 
 
 def _make_absolute(raw: Mapping[str, Any]) -> None:
-    """A run finds its data from any working directory."""
+    """A run finds its data and its initial weights from any working directory."""
+    train = raw.get("train")
+    if isinstance(train, dict) and isinstance(weights := train.get("init_from"), str) and weights:
+        train["init_from"] = str(Path(weights).absolute())
     data = raw.get("data")
     if not isinstance(data, dict):
         return

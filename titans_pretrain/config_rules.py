@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from titans_pretrain.baselines import foreign
 from titans_pretrain.model.fields import WITH_ATTENTION, WITH_MEMORY
 
 if TYPE_CHECKING:
@@ -25,9 +26,13 @@ def problems(config: "RunConfig") -> Iterator[Problem]:
     yield from _steps(config)
     yield from _sources(config)
     yield from _lengths(config)
-    yield from _tensor(config)
-    yield from _sequence(config)
+    if foreign.is_foreign(config.model):
+        yield from _foreign(config)
+    else:
+        yield from _tensor(config)
+        yield from _sequence(config)
     yield from _guard(config)
+    yield from _evaluation(config)
     yield from _pipeline(config)
 
 
@@ -126,6 +131,31 @@ def _tensor(config: "RunConfig") -> Iterator[Problem]:
             )
 
 
+def _foreign(config: "RunConfig") -> Iterator[Problem]:
+    """Another library's layers are not divided; their ranks share parameters alone."""
+    name = config.model[foreign.KEY]
+    for axis in ("tensor", "sequence"):
+        if (ranks := getattr(config.mesh, axis)) > 1:
+            yield Problem(
+                ("mesh", axis),
+                f"{ranks} ranks cannot share the layers of model.hf {name!r}",
+                "use 1; ranks beyond are data ranks, which share its parameters",
+            )
+    longest, length = foreign.longest(config.model), config.data.sequence_length
+    if longest is not None and length > longest:
+        yield Problem(
+            ("data", "sequence_length"),
+            f"{length} exceeds model.max_position_embeddings {longest}",
+            f"use {longest} or less, or model.max_position_embeddings={length}",
+        )
+    if config.train.activation_checkpointing and not foreign.can_recompute(config.model):
+        yield Problem(
+            ("train", "activation_checkpointing"),
+            f"the class of model.hf {name!r} does not support it",
+            "take it out",
+        )
+
+
 def _sequence(config: "RunConfig") -> Iterator[Problem]:
     """Sequence ranks hold equal spans of whole chunks, segments or, in all-to-all, heads."""
     model, ranks, unit = config.model, config.mesh.sequence, grid(config.model)
@@ -135,6 +165,13 @@ def _sequence(config: "RunConfig") -> Iterator[Problem]:
     lengths += [("length_schedule", stage.length) for stage in config.data.length_schedule]
     common = math.gcd(*(length for _, length in lengths))
     shares = common // unit if common % unit == 0 else 1
+    if model["variant"] == "transformer" and model["attention_window"] is not None:
+        yield Problem(
+            ("mesh", "sequence"),
+            f"{ranks} ranks cannot share a sequence of which attention sees "
+            f"model.attention_window {model['attention_window']} tokens",
+            "use 1, or leave model.attention_window out",
+        )
     if model["variant"] == "transformer":
         count = model["num_attention_heads"] // config.mesh.tensor
         shares = math.gcd(shares, count)
@@ -177,6 +214,35 @@ def _guard(config: "RunConfig") -> Iterator[Problem]:
             ("guard", "rollback_steps"),
             f"policy {guard.policy!r} does not use it",
             "take it out, or use policy rollback",
+        )
+
+
+def _evaluation(config: "RunConfig") -> Iterator[Problem]:
+    asked, saved = config.pipeline.eval, config.checkpoint.every
+    if asked.every and not saved:
+        yield Problem(
+            ("pipeline", "eval"),
+            f"every {asked.every} evaluates nothing where checkpoint.every is 0",
+            f"set checkpoint.every to {asked.every} or a divisor of it",
+        )
+    elif asked.every and asked.every % saved:
+        yield Problem(
+            ("pipeline", "eval"),
+            f"every {asked.every} is no multiple of checkpoint.every {saved}",
+            f"use {_either(_next_to(asked.every, saved))}",
+        )
+    if asked.every and config.data.manifest is None and not asked.tasks:
+        yield Problem(
+            ("pipeline", "eval"),
+            "there is nothing to evaluate on: one data set is scored, and the run trains on a "
+            "mixture",
+            "give pipeline.eval.tasks, or every 0",
+        )
+    if asked.options and not asked.tasks:
+        yield Problem(
+            ("pipeline", "eval"),
+            f"options {asked.options[0]!r} says nothing without tasks",
+            "give pipeline.eval.tasks, or take it out",
         )
 
 

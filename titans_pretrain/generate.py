@@ -2,16 +2,23 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import UserError
+from titans_pretrain.prefill import check_memory, is_titans, new_cache, prefill
+from titans_pretrain.streamer import Streamer
+from titans_pretrain.token_stream import TokenStream
 
 log = logging.getLogger(__name__)
-_CODE = Path(__file__).parent / "model"
+_CODE = {
+    "titans": Path(__file__).parent / "model",
+    "titans_baseline": Path(__file__).parent / "baselines",
+}
+_TEMPERATURE = 0.8
 _COLDEST = 1e-6  # below, logits divided by the temperature may overflow float32
 _SHOWN_KEYS = 3
 _MALFORMED = (AttributeError, KeyError, TypeError, ValueError)  # what odd values in JSON lead to
@@ -23,21 +30,27 @@ class Sampling:
 
     Attributes:
         max_new_tokens: tokens to add; fewer if the model ends the document.
-        temperature: of the softmax, at least 1e-6; 0 takes the likeliest token.
+        temperature: of the softmax, at least 1e-6; 0 takes the likeliest token. None is 0.8, or
+            0 with beams.
         top_k: sample among that many likeliest tokens; 0 among all.
         top_p: sample among the likeliest tokens of that total probability.
         seed: of the draw, less than 2**64.
         use_cache: keep the memory's state from token to token; off recomputes everything.
+        beams: likeliest texts that are kept side by side; the best is the result.
     """
 
     max_new_tokens: int = 100
-    temperature: float = 0.8
+    temperature: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
     use_cache: bool = True
+    beams: int = 1
 
     def __post_init__(self) -> None:
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", _TEMPERATURE if self.beams == 1 else 0.0)
+        assert self.temperature is not None
         for name, good, fix in (
             ("max_new_tokens", self.max_new_tokens >= 1, "use at least 1"),
             (
@@ -45,6 +58,7 @@ class Sampling:
                 self.temperature == 0 or _COLDEST <= self.temperature < float("inf"),
                 f"use 0 for the likeliest token, or at least {_COLDEST}",
             ),
+            ("beams", self.beams >= 1, "use at least 1"),
             ("top_k", self.top_k >= 0, "use 0 or more"),
             ("top_p", 0 < self.top_p <= 1, "use more than 0 and at most 1"),
             ("seed", 0 <= self.seed < 2**64, "use 0 or more, and less than 2**64"),
@@ -52,6 +66,20 @@ class Sampling:
             if not good:
                 option = f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} is {getattr(self, name)}", where="command line", fix=fix)
+        if self.beams > 1 and self.temperature:
+            raise UserError(
+                f"--temperature is {self.temperature} with {self.beams} beams, which draw nothing",
+                where="command line",
+                fix="leave one of them out",
+            )
+
+    def options(self) -> dict[str, Any]:
+        """What transformers' ``generate`` takes."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        if self.temperature:
+            options |= {"do_sample": True, "temperature": self.temperature}
+            options |= {"top_k": self.top_k, "top_p": self.top_p}
+        return options | {"num_beams": self.beams}
 
 
 def generate(
@@ -59,6 +87,7 @@ def generate(
     prompt: str,
     sampling: Sampling,
     *,
+    memory: Path | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> str:
@@ -66,8 +95,9 @@ def generate(
 
     Args:
         directory: what ``titans export`` wrote, or another causal language model.
-        prompt: the text to go on from; empty begins a document.
+        prompt: the text to go on from; empty begins a document, or goes on with the memory's text.
         sampling: how tokens are chosen.
+        memory: what ``titans memorize`` wrote: the prompt stands behind the text it has read.
         device: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` takes a GPU if there is one.
         trust_remote_code: run the Python files of a model of another kind.
 
@@ -75,32 +105,84 @@ def generate(
         The text that was printed.
 
     Raises:
-        UserError: no model, an unusable one, an unknown device, or a prompt that is not UTF-8.
+        UserError: no model, an unusable one, an unknown device, a memory that is not this model's,
+            or a prompt that is not UTF-8.
     """
     import torch
-    from transformers import TextStreamer
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     _check_text(prompt)
+    if memory is not None and not sampling.use_cache:
+        raise UserError(
+            "a memory is a cache", where="--no-cache", fix="leave out --no-cache or --memory"
+        )
     disable_progress_bar()
     set_verbosity_error()
     model, tokenizer = load(directory, trust_remote_code=trust_remote_code)
     model.to(choose_device(device))
-    inputs = _inputs(tokenizer, prompt, model)
-    options: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature:
-        options = {"do_sample": True, "temperature": sampling.temperature}
-        options |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
-        torch.manual_seed(sampling.seed)
     with torch.inference_mode():
-        (tokens,) = model.generate(
-            **inputs,
-            **options,
-            max_new_tokens=sampling.max_new_tokens,
-            use_cache=sampling.use_cache,
-            streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        begun = _begin(directory, model, tokenizer, prompt, memory)
+        told = tokenizer.decode(begun.ids, skip_special_tokens=True)
+        hidden = len(told) - len(prompt) if memory and told.endswith(prompt) else 0
+        streamer = Streamer(tokenizer, begun.ids, hidden)
+        if sampling.temperature:
+            torch.manual_seed(sampling.seed)
+        _go_on(model, begun, sampling, streamer)
+    return streamer.text
+
+
+@dataclass
+class _Begun:
+    """A text's ids, and what has read those that are behind it."""
+
+    ids: list[int]
+    cache: Any = None
+
+
+def _begin(directory: Path, model: Any, tokenizer: Any, prompt: str, memory: Path | None) -> _Begun:
+    if memory is None:
+        ids = _ids(tokenizer, prompt)
+        check_ids(ids, model)
+        return _Begun(ids)
+    from titans_pretrain import memory_file
+
+    check_memory(model, str(directory))
+    held = memory_file.load(memory, model, memory_file.Owner.of(directory, model))
+    if held.reading is not None:
+        raise UserError(
+            "the memory's text has not been read to its end",
+            where=str(memory),
+            fix="run the same titans memorize command again",
         )
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    ids = TokenStream(tokenizer, held.context, held.pending).finish(prompt)
+    check_ids(ids, model)
+    return _Begun(ids, held.cache)
+
+
+def _go_on(model: Any, begun: _Begun, sampling: Sampling, streamer: Streamer) -> None:
+    """Generate behind the ids; a Titans model reads them in pieces before."""
+    import torch
+
+    ids = torch.tensor([begun.ids], device=model.device)
+    options: dict[str, Any] = {"use_cache": sampling.use_cache}
+    if sampling.use_cache and is_titans(model):
+        cache = new_cache(model) if begun.cache is None else begun.cache
+        prefill(model, ids[:, :-1], cache)
+        cache.count_anew()
+        if sampling.beams > 1:
+            cache.batch_repeat_interleave(sampling.beams)
+        ids, options = ids[:, -1:], {"past_key_values": cache}
+    streams = {"streamer": streamer} if sampling.beams == 1 else {}
+    (tokens,) = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        **sampling.options(),
+        **options,
+        **streams,
+    )
+    if not streams:
+        streamer.add(tokens[ids.shape[1] :].tolist())
+        streamer.end()
 
 
 def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -127,12 +209,11 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
         "output_loading_info": True,
     }
     try:
-        if found.get("model_type") == "titans":
-            from titans_pretrain.model.modeling_titans import TitansForCausalLM
-
+        if found.get("model_type") in _CODE:
             _check_files(directory)
-            _compare_code(directory)
-            model, loading = TitansForCausalLM.from_pretrained(directory, **options)
+            _compare_code(directory, _CODE[found["model_type"]])
+            model_class = _installed_class(found["model_type"])
+            model, loading = model_class.from_pretrained(directory, **options)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
         else:
             if found.get("auto_map") and not trust_remote_code:
@@ -226,12 +307,22 @@ def settings(directory: Path) -> dict[str, Any]:
     return values
 
 
-def _compare_code(directory: Path) -> None:
+def _installed_class(model_type: str) -> Any:
+    if model_type == "titans":
+        from titans_pretrain.model.modeling_titans import TitansForCausalLM
+
+        return TitansForCausalLM
+    from titans_pretrain.baselines.modeling_baseline import BaselineForCausalLM
+
+    return BaselineForCausalLM
+
+
+def _compare_code(directory: Path, installed: Path) -> None:
     different = [
         path.name
         for path in sorted(directory.glob("*.py"))
-        if not (_CODE / path.name).is_file()
-        or (_CODE / path.name).read_bytes() != path.read_bytes()
+        if not (installed / path.name).is_file()
+        or (installed / path.name).read_bytes() != path.read_bytes()
     ]
     if different:
         log.warning(
@@ -262,19 +353,22 @@ def choose_device(name: str) -> Any:
         ) from None
 
 
-def _inputs(tokenizer: Any, prompt: str, model: Any) -> Any:
-    """Token ids and mask, (1, tokens); a document's beginning for an empty prompt."""
+def _ids(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt's tokens; a document's beginning for an empty one."""
     text = prompt or tokenizer.bos_token or tokenizer.eos_token
     if not text:
         raise UserError(
             "the model has no token to begin a document with", where="PROMPT", fix="give a prompt"
         )
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    return list(tokenizer(text)["input_ids"])
+
+
+def check_ids(ids: Sequence[int], model: Any) -> None:
+    """Refuse token ids that the model has no embedding for."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(inputs["input_ids"].max()) >= vocabulary:
+    if max(ids, default=0) >= vocabulary:
         raise UserError(
             f"the tokenizer's ids exceed the model's {vocabulary}",
             where="tokenizer.json",
             fix="export the model again",
         )
-    return inputs.to(model.device)

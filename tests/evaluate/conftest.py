@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from tiny import MODEL, prepare
+from tiny_model import make_tokenizer, write_model
 
 from titans_pretrain.export import huggingface
 
@@ -58,3 +59,15 @@ def train(manifest, tmp_path_factory) -> Callable[[str, str], SimpleNamespace]:
 def trained(train) -> SimpleNamespace:
     """A run in fp32; not to be changed."""
     return train("fp32", "float32")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model(tmp_path_factory) -> Path:
+    """A sentencepiece model of 300 pieces."""
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer_model, tmp_path_factory) -> Path:
+    """An untrained LMM as exported, its training's sequences of 64 tokens; not to be changed."""
+    return write_model(tmp_path_factory.mktemp("tiny") / "model", tokenizer_model.read_bytes())

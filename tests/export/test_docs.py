@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import hub_server
 from tiny_run import make_run
 
 from titans_pretrain import cli
@@ -22,9 +23,9 @@ def _code(page):
     )
 
 
-def test_the_pages_commands_and_code_run_in_order(tmp_path, capfd):
+def test_the_pages_commands_and_code_run_in_order(tmp_path, capfd, monkeypatch):
     make_run(tmp_path / "runs" / "demo")
-    with contextlib.chdir(tmp_path):
+    with contextlib.chdir(tmp_path), hub_server.serving(monkeypatch) as hub:
         told = {}
         for page in ("checkpoints.md", "export.md"):
             for command in _commands(page):
@@ -35,5 +36,8 @@ def test_the_pages_commands_and_code_run_in_order(tmp_path, capfd):
     assert "latest" in told["checkpoint list runs/demo"]
     assert told["checkpoint verify runs/demo"] == "step-30: good\n"
     assert "a clean process gives the same logits" in told["export runs/demo exported/demo"]
-    assert len(told) == 6
+    assert hub.repositories["lab/demo"].keys() == {
+        path.name for path in (tmp_path / "exported" / "demo").iterdir()
+    }
+    assert len(told) == 5
     assert "Once upon a time" in capfd.readouterr().out

@@ -68,6 +68,7 @@ def test_the_directory_holds_code_weights_tokenizer_and_card(exported):
     assert config["model_type"] == "titans"
     assert config["auto_map"] == {
         "AutoConfig": "configuration_titans.TitansConfig",
+        "AutoModel": "modeling_titans.TitansModel",
         "AutoModelForCausalLM": "modeling_titans.TitansForCausalLM",
     }
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (2, 2, 0)
@@ -156,16 +157,32 @@ def test_a_run_means_its_newest_good_checkpoint(tmp_path, unproven):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "run"]
 
 
-def _bad_weights(monkeypatch):
-    def read(checkpoint, dtype):
-        for name, tensor in original(checkpoint, dtype):
-            yield (
-                name,
-                tensor * (1 + 1e-6) if name.endswith("layers.1.mixer.o_proj.weight") else tensor,
-            )
+def test_a_checkpoint_without_a_rank_s_file_is_refused(tmp_path, unproven):
+    checkpoint = make_run(tmp_path / "run") / "checkpoints" / "step-30"
+    (checkpoint / "rank-00000.safetensors").unlink()
+    for source in (checkpoint, tmp_path / "run"):
+        with pytest.raises(TitansError, match=r"rank-00000\.safetensors is missing"):
+            huggingface.export(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
-    original = weights.read
-    monkeypatch.setattr(weights, "read", read)
+
+def test_a_tokenizer_of_more_pieces_than_the_model_has_is_refused(tmp_path, unproven):
+    run = make_run(tmp_path / "run", vocab_size=400)
+    with pytest.raises(TitansError, match="the tokenizer has 512 pieces, the model 400"):
+        huggingface.export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _bad_weights(monkeypatch):
+    def write(path, entries, tensors, metadata):
+        changed = (
+            tensor * (1 + 1e-6) if entry.key.endswith("layers.1.mixer.o_proj.weight") else tensor
+            for entry, tensor in zip(entries, tensors, strict=True)
+        )
+        return original(path, entries, changed, metadata)
+
+    original = weights.tensor_file.write
+    monkeypatch.setattr(weights.tensor_file, "write", write)
 
 
 def _missing_weight(monkeypatch):

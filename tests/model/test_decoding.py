@@ -1,5 +1,6 @@
 """Decoding is the same function as one long call: caches, pads, pieces, beams."""
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from titans_pretrain.model.cache import TitansCache
 from titans_pretrain.model.fields import VARIANTS
+from titans_pretrain.model.layout import Layout
 from titans_pretrain.model.modeling_titans import TitansForCausalLM
 
 TIME = 27
@@ -300,6 +302,44 @@ def test_generation_goes_on_from_a_returned_cache(variant: str) -> None:
         model, first.sequences, past_key_values=first.past_key_values, max_new_tokens=7
     )
     assert torch.equal(second, generated(model, ids))
+
+
+def test_positions_that_transformers_counts_over_pads_are_left_out() -> None:
+    """Version 4 adds them to a prompt in pieces; from others the model refuses them."""
+    model, ids = tiny_model(variant="mac"), tokens(1, 3)
+    inputs = model.prepare_inputs_for_generation(ids, position_ids=torch.arange(3)[None])
+    assert "position_ids" not in inputs
+    with pytest.raises(TypeError, match="position_ids"):
+        model(input_ids=ids, position_ids=torch.arange(3)[None])
+
+
+def test_a_layout_moves_to_the_device_of_what_it_lays_out() -> None:
+    """As accelerate has it where layers lie on several devices."""
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    layout = Layout.build(mask, torch.zeros(2, dtype=torch.long), 4)
+    assert layout.to("cpu") is layout
+    moved = layout.to("meta", non_blocking=True)
+    assert all(getattr(moved, field.name).is_meta for field in fields(Layout))
+    slots = layout.enter(torch.ones(2, 5, 3))
+    assert layout.leave(slots.to("meta")).is_meta
+
+
+@EVERY_VARIANT
+def test_room_for_more_slots_than_tokens_changes_nothing(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled graph lays tokens out so: it cannot ask a tensor how many slots it needs."""
+    model = tiny_model(variant=variant)
+    (ids, mask), more = padded(tokens(ROWS, TIME), PADS), tokens(ROWS, 3, seed=1)
+    found = []
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda asked=compiling: asked)
+        cache = TitansCache(model.config)
+        with torch.no_grad():
+            first = model(input_ids=ids, attention_mask=mask, past_key_values=cache)
+            second = model(input_ids=more, past_key_values=cache)
+        found.append(torch.cat([first.logits * mask[..., None], second.logits], 1))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def test_another_kind_of_cache_is_refused() -> None:

@@ -77,7 +77,12 @@ def test_a_value_of_the_wrong_type_is_refused(field: fields.ModelField) -> None:
 
 def test_null_is_a_value_of_the_optional_fields_alone() -> None:
     optional = {field.name for field in FIELDS if field.optional}
-    assert optional == {"memory_heads", "partial_rotary_factor", "surprise_clip"}
+    assert optional == {
+        "attention_window",
+        "memory_heads",
+        "partial_rotary_factor",
+        "surprise_clip",
+    }
     for name in optional:
         assert problems({name: None}) == []
 

@@ -138,8 +138,11 @@ def test_the_mixer_is_the_paper_s(name: str) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 6, 26, 27, 100])
-def test_a_window_reaches_its_size_and_no_further(window: int) -> None:
-    attention, x = mixer_of({"variant": "mag", "window_size": window}).attention, hidden(rows=1)
+@pytest.mark.parametrize(
+    ("variant", "field"), [("mag", "window_size"), ("transformer", "attention_window")]
+)
+def test_a_window_reaches_its_size_and_no_further(window: int, variant: str, field: str) -> None:
+    attention, x = mixer_of({"variant": variant, field: window}).attention, hidden(rows=1)
     with torch.no_grad():
         before, _ = attention(x)
         x[:, 0] += 1

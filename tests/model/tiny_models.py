@@ -47,6 +47,7 @@ FORMS: dict[str, dict[str, Any]] = {variant: {"variant": variant} for variant in
     for variant in WITH_MEMORY
     for name, changes in SWITCHES.items()
 }
+FORMS["transformer, window"] = {"variant": "transformer", "attention_window": 6}
 
 
 def tiny_config(**changes: Any) -> TitansConfig:

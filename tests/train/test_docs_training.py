@@ -68,4 +68,4 @@ def test_the_commands_run_as_written(workplace):
     section = PAGE.read_text().partition("## A run's directory")[2].partition("## ")[0]
     files = set(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE))
     present = {name for name in files if (workplace / "runs/first" / name).exists()}
-    assert files - present == {"error.json", "hang", "wandb-id"}
+    assert files - present == {"error.json", "evaluations", "hang", "wandb-id"}

@@ -73,9 +73,9 @@ def evaluate(
     set_verbosity_error()
     facts = training_facts(model)
     corpus = Corpus.open([(data, 1.0)])
-    loader = _loader(corpus, facts, choice, separates=_separates(model))
+    loader = held_out(corpus, facts, choice, separates=_separates(model))
     network, tokenizer = generate.load(model, trust_remote_code=trust_remote_code)
-    _check_fit(network, tokenizer, corpus, loader.length_at(0))
+    check_fit(network, tokenizer, corpus, loader.length_at(0))
     network.to(generate.choose_device(device))
     output.mkdir(parents=True, exist_ok=True)
     loss, tokens = score(network, loader, sequences=choice.sequences, batch=choice.batch)
@@ -171,7 +171,7 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(["# Held-out loss", "", "| | |", "|---|---|", *lines, ""])
 
 
-def _loader(
+def held_out(
     corpus: Corpus, facts: Mapping[str, Any], choice: Choice, *, separates: bool
 ) -> SequenceLoader:
     """The held-out sequences, none of which training read.
@@ -236,7 +236,7 @@ def _separates(model: Path) -> bool:
     return fields.separates_documents(fields.defaults() | settings)
 
 
-def _check_fit(network: Any, tokenizer: Any, corpus: Corpus, length: int) -> None:
+def check_fit(network: Any, tokenizer: Any, corpus: Corpus, length: int) -> None:
     """Refuse data in other tokens than the model's, or longer sequences than it can read."""
     from titans_pretrain.export.tokenizer import check_identity
 

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from titans_pretrain import config as run_config
+from titans_pretrain.baselines import foreign
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
-from titans_pretrain.export import model_card, tokenizer, verification, weights
+from titans_pretrain.export import model_card, reload, tokenizer, verification, weights
 from titans_pretrain.files import atomic_directory, sha256_file
 
 FORMAT = "titans-export/1"
@@ -96,14 +97,15 @@ def _export(
     made: dict[str, Any],
 ) -> None:
     with atomic_directory(out) as directory:
-        config = _configuration(run, pieces, dtype)
-        reference = _reference(source, config, dtype)
+        reference = _reference(source, _model_class(run), _configuration(run, pieces, dtype))
         files = weights.write(source, directory, dtype, limit)
         _write_model_files(reference, directory)
         tokenizer.write(pieces, directory)
         card = model_card.write(source, run, weights.shapes(source), _name(dtype))
         (directory / model_card.NAME).write_text(card, encoding="utf-8")
-        verification.verify(directory, reference, config, pieces)
+        verification.verify(
+            directory, reference, lambda names: weights.read(source, names, dtype), dtype, pieces
+        )
         known = {record.name for record in files}
         others = [path.name for path in directory.iterdir() if path.name not in known]
         files += [manifest.record_file(directory, name) for name in others]
@@ -136,39 +138,54 @@ def _file(checkpoint: Path, name: str) -> Path:
 
 
 def _configuration(run: RunConfig, pieces: bytes, dtype: torch.dtype) -> Any:
-    """The run's TitansConfig, with the tokenizer's special ids."""
+    """The configuration of the run's model, with the tokenizer's special ids."""
     from titans_pretrain.model.configuration_titans import TitansConfig
 
-    config = TitansConfig(**(run.model | tokenizer.special_ids(pieces)))
-    config.architectures = ["TitansForCausalLM"]
+    if (count := tokenizer.size(pieces)) > run.model["vocab_size"]:
+        raise TitansError(
+            f"the tokenizer has {count} pieces, the model {run.model['vocab_size']}",
+            where=TOKENIZER,
+            fix="export a checkpoint whose tokenizer.model is that of its data",
+        )
+    ids = tokenizer.special_ids(pieces)
+    if foreign.is_foreign(run.model):
+        config = foreign.configuration(run.model, **ids)
+    else:
+        config = TitansConfig(**(run.model | ids))
+    config.architectures = [_model_class(run).__name__]
     config.dtype = _name(dtype)
     return config
 
 
-def _reference(checkpoint: Path, config: Any, dtype: torch.dtype) -> Any:
-    """The model in this process: float32, its weights rounded to ``dtype``."""
+def _model_class(run: RunConfig) -> Any:
     from titans_pretrain.model.modeling_titans import TitansForCausalLM
 
-    model = TitansForCausalLM(config).float()
-    parameters = dict(model.named_parameters())
+    if foreign.is_foreign(run.model):
+        return foreign.classes(run.model[foreign.KEY])[0]
+    return TitansForCausalLM
+
+
+def _reference(checkpoint: Path, model_class: Any, config: Any) -> Any:
+    """The model of the installed code, without weights; the checkpoint has those it wants."""
+    with reload.weightless():
+        model = model_class(config)
     weights.check_names(
-        weights.shapes(checkpoint), {name: tuple(p.shape) for name, p in parameters.items()}
+        weights.shapes(checkpoint), {name: tuple(p.shape) for name, p in model.named_parameters()}
     )
-    with torch.no_grad():
-        for name, tensor in weights.read(checkpoint, dtype):
-            parameters[name].copy_(tensor)
     return model
 
 
 def _write_model_files(model: Any, directory: Path) -> None:
-    """config.json, generation_config.json and, by Hugging Face's own mechanism, the code."""
+    """config.json, generation_config.json and, by Hugging Face's own mechanism, code of ours."""
     from transformers import GenerationConfig
     from transformers.dynamic_module_utils import custom_object_save
 
     config = model.config
-    type(config).register_for_auto_class()
-    type(model).register_for_auto_class("AutoModelForCausalLM")
-    custom_object_save(model, directory, config=config)
+    if type(model).__module__.startswith(f"{__package__.partition('.')[0]}."):
+        type(config).register_for_auto_class()
+        for name, part in (("AutoModel", model.base_model), ("AutoModelForCausalLM", model)):
+            type(part).register_for_auto_class(name)
+            custom_object_save(part, directory, config=config)
     config.save_pretrained(directory)
     GenerationConfig(
         bos_token_id=config.bos_token_id,

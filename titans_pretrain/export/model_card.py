@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from titans_pretrain.baselines import foreign
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.config import RunConfig
 
@@ -22,7 +23,11 @@ _KINDS = {
     "mal": f"A {_MEMORY}, memory as layer)",
     "transformer": "The Transformer++ baseline of the Titans models",
 }
-_LOCAL = {"data": {"manifest", "cache"}, "run": {"directory", "wandb_project"}}
+_LOCAL = {
+    "data": {"manifest", "cache"},
+    "train": {"init_from"},
+    "run": {"directory", "wandb_project"},
+}
 
 _TEXT = """\
 # {name}
@@ -75,11 +80,11 @@ def write(
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["titans", "neural-memory", "custom_code", run.model["variant"]],
+        "tags": _tags(run),
     }
     body = _TEXT.format(
         name=run.run.name or Path(run.run.directory).name,
-        kind=_KINDS[run.model["variant"]],
+        kind=_kind(run),
         parameters=sum(map(prod, shapes.values())),
         version=version("titans-pretrain"),
         end=tokenizer.end_piece(pieces),
@@ -88,6 +93,18 @@ def write(
         configuration=yaml.safe_dump(_public(run), sort_keys=False),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
+
+
+def _tags(run: RunConfig) -> list[str]:
+    if foreign.is_foreign(run.model):
+        return [foreign.name_of(run.model)]
+    return ["titans", "neural-memory", "custom_code", run.model["variant"]]
+
+
+def _kind(run: RunConfig) -> str:
+    if foreign.is_foreign(run.model):
+        return f"A language model of the {foreign.name_of(run.model)} kind"
+    return _KINDS[run.model["variant"]]
 
 
 def facts(checkpoint: Path, run: RunConfig) -> dict[str, str]:
@@ -104,9 +121,19 @@ def facts(checkpoint: Path, run: RunConfig) -> dict[str, str]:
         "sequence length": f"{run.data.sequence_length:,} tokens",
         "batch": f"{run.train.global_batch_size:,} sequences",
         "precision": run.train.precision,
+        "initial weights": _initial(state.get("initial"), run.train.seed),
         "data fingerprint": str(state.get("fingerprint", UNKNOWN)),
         "trained with": ", ".join(f"{n} {v}" for n, v in versions.items()) or UNKNOWN,
     }
+
+
+def _initial(weights: Mapping[str, Any] | None, seed: int) -> str:
+    """Where training began; a checkpoint that says nothing of weights began with the seed's."""
+    if not weights:
+        return f"random, seed {seed}"
+    step, digest = weights.get("step"), weights.get("manifest_sha256")
+    told = f" at step {step:,}" if step is not None else ""
+    return f"{weights['name']}{told}, manifest sha256 {digest or UNKNOWN}"
 
 
 def _last_rows(metrics: Path, step: int | None) -> dict[str, Any]:

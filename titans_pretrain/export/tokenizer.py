@@ -83,6 +83,11 @@ def convert(model: bytes) -> Any:
     return tokenizer
 
 
+def size(model: bytes) -> int:
+    """How many ids there are."""
+    return len(_parse(model).pieces)
+
+
 def pad_piece(model: bytes) -> str:
     """The piece that pads: the model's own, else one that never stands in text.
 
@@ -176,7 +181,7 @@ def check_identity(
     return compared
 
 
-def sample_texts(model: bytes, count: int = 300, seed: int = 0) -> Iterator[str]:
+def sample_texts(model: bytes, count: int = 1000, seed: int = 0) -> Iterator[str]:
     """Texts that try a tokenizer: its own pieces, any Unicode, runs of spaces; always the same."""
     yield from _WORDS
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)

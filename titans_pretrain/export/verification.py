@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +13,65 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from titans_pretrain.checkpoint.tensor_file import CODES
 from titans_pretrain.errors import TitansError
 from titans_pretrain.export import reload, tokenizer
 
 PROJECT = "titans_pretrain"
 ROWS = 2
+WHOLE_BYTES = 2**31  # of float32 weights, up to which from_pretrained is tried as well
 _MOST_TOKENS = 600
+_GRID = 64  # of a model that has none
 _SHOWN_LINES = 5
 
 
-def verify(directory: Path, model: nn.Module, config: Any, tokenizer_model: bytes) -> None:
-    """Reload an exported directory elsewhere and compare.
+def verify(
+    directory: Path,
+    model: nn.Module,
+    read: Callable[[Sequence[str]], Iterator[torch.Tensor]],
+    dtype: torch.dtype,
+    tokenizer_model: bytes,
+) -> None:
+    """Reload an exported directory elsewhere and compare; one block's weights at a time.
 
     Args:
         directory: the exported model.
-        model: the same model, built here from the checkpoint, float32.
-        config: its TitansConfig.
+        model: the same model without weights, of the code that trained it.
+        read: its weights by name out of the checkpoint, rounded to ``dtype``.
+        dtype: of the exported weights.
         tokenizer_model: contents of the sentencepiece model it was trained with.
 
     Raises:
         TitansError: it does not load, a key is missing or unexpected, it needs the project, or a
             logit or a token id differs.
     """
-    length = min(config.grid + 5, _MOST_TOKENS)
+    config: Any = model.config
+    length = min(getattr(config, "grid", _GRID) + 5, _MOST_TOKENS)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
-    with torch.no_grad():
-        wanted = model.eval()(ids, use_cache=False).logits
+    wanted = reload.logits(model, ids, read)
     texts = list(tokenizer.sample_texts(tokenizer_model))
-    report, found = _reload(directory, ids, texts)
+    whole = sum(4 * parameter.numel() for parameter in model.parameters()) <= WHOLE_BYTES
+    report, found = _reload(directory, ids, texts, whole=whole)
     for problem in ("missing", "unexpected", "mismatched"):
         if report[problem]:
             raise _error(f"{problem} keys: {', '.join(report[problem][:_SHOWN_LINES])}", directory)
+    if report["dtypes"] != [CODES[dtype]]:
+        raise _error(f"its weights are {', '.join(report['dtypes'])}", directory)
     if report["project"]:
         raise _error(f"its code imports {report['project'][0]}", directory)
-    if not torch.equal(found, wanted):
-        worst = (found - wanted).abs().max().item()
-        raise _error(f"its logits differ by up to {worst:.3g}", directory)
+    for way, logits in found.items():
+        if not torch.equal(logits, wanted):
+            worst = (logits - wanted).abs().max().item()
+            raise _error(f"its logits differ by up to {worst:.3g}, loaded {way}", directory)
     ids_of = dict(zip(texts, report["token_ids"], strict=True))
     tokenizer.check_identity(tokenizer_model, ids_of.__getitem__)
 
 
 def _reload(
-    directory: Path, ids: torch.Tensor, texts: list[str]
-) -> tuple[dict[str, Any], torch.Tensor]:
+    directory: Path, ids: torch.Tensor, texts: list[str], *, whole: bool
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What the clean process reports, and its logits by the way it loaded the model."""
     with tempfile.TemporaryDirectory() as temporary:
         room = Path(temporary)
         (room / "model").symlink_to(directory.resolve())
@@ -66,13 +82,14 @@ def _reload(
             "model": str(room / "model"),
             "ids": str(room / "ids.safetensors"),
             "logits": str(room / "logits.safetensors"),
+            "whole": whole,
             "texts": texts,
             "threads": torch.get_num_threads(),
         }
         (room / "request.json").write_text(json.dumps(request), encoding="utf-8")
         printed = _run(room, directory)
         report: dict[str, Any] = json.loads(printed.splitlines()[-1])
-        return report, load_file(room / "logits.safetensors")["logits"]
+        return report, load_file(room / "logits.safetensors")
 
 
 def _run(room: Path, directory: Path) -> str:

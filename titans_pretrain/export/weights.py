@@ -9,15 +9,14 @@ import torch
 
 from titans_pretrain.checkpoint import tensor_file
 from titans_pretrain.checkpoint.format import read_index
-from titans_pretrain.checkpoint.load import read_named, read_tensors
+from titans_pretrain.checkpoint.load import read_named
 from titans_pretrain.checkpoint.manifest import FileRecord, record_file
 from titans_pretrain.checkpoint.tensor_file import ALIGNMENT, Entry
 from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.export.reload import INDEX, SINGLE
 from titans_pretrain.files import write_json
 
 PREFIX = "parameters/"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -62,10 +61,10 @@ def check_names(
         )
 
 
-def read(checkpoint: Path, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters one at a time, in the order of names, as ``dtype``."""
-    for name, tensor in read_tensors(checkpoint, PREFIX):
-        yield name.removeprefix(PREFIX), tensor.to(dtype)
+def read(checkpoint: Path, names: Iterable[str], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Parameters one at a time, in the order of these names, as ``dtype``."""
+    for tensor in read_named(checkpoint, [PREFIX + name for name in names]):
+        yield tensor.to(dtype)
 
 
 def write(checkpoint: Path, directory: Path, dtype: torch.dtype, limit: int) -> list[FileRecord]:
@@ -114,6 +113,5 @@ def _groups(entries: Iterable[Entry], limit: int) -> list[list[Entry]]:
 
 def _write_file(checkpoint: Path, path: Path, entries: list[Entry]) -> FileRecord:
     ordered = sorted(entries, key=lambda entry: entry.bytes % ALIGNMENT != 0)
-    tensors = read_named(checkpoint, [PREFIX + entry.key for entry in ordered])
-    dtype = ordered[0].dtype
-    return tensor_file.write(path, ordered, (t.to(dtype) for t in tensors), {"format": "pt"})
+    tensors = read(checkpoint, [entry.key for entry in ordered], ordered[0].dtype)
+    return tensor_file.write(path, ordered, tensors, {"format": "pt"})

@@ -92,6 +92,11 @@ class TitansCache(Cache):
         """Whether a call has filled it."""
         return any(layer.state for layer in self.layers)
 
+    def count_anew(self) -> None:
+        """Begin masks with the next call; nothing is forgotten."""
+        for layer in self.layers:
+            layer.seen = 0
+
     def position(self, batch: int, device: torch.device) -> Tensor:
         """(B,) tokens each row has consumed."""
         position = self.layers[0].state.get("position")

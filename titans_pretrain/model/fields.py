@@ -162,6 +162,15 @@ FIELDS: tuple[ModelField, ...] = (
         doc="Tokens the sliding-window attention sees, the token itself included.",
     ),
     ModelField(
+        name="attention_window",
+        kind=int,
+        default=None,
+        optional=True,
+        low=1,
+        variants=("transformer",),
+        doc="Tokens the attention sees, the token itself included; null sees all before it.",
+    ),
+    ModelField(
         name="num_persistent_tokens",
         kind=int,
         default=16,
@@ -260,9 +269,15 @@ def unused(variant: str, names: Iterable[str]) -> list[str]:
 
 
 def separates_documents(values: Mapping[str, Any]) -> bool:
-    """Whether a model with these fields, all given, needs to know where documents begin."""
+    """Whether a model with these fields needs to know where documents begin; others never do.
+
+    Args:
+        values: all fields, or the keys of another library's model.
+    """
     names = ("attend_across_documents", "remember_across_documents")
-    return any(not values[name] and values["variant"] in TABLE[name].variants for name in names)
+    return any(
+        not values.get(name, True) and values["variant"] in TABLE[name].variants for name in names
+    )
 
 
 def problems(values: Mapping[str, Any]) -> list[Problem]:

@@ -7,7 +7,7 @@ inside the blocks then works on slots, and ``leave`` moves results back to the c
 Shapes: B batch, T columns of the call, N slots.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -50,7 +50,12 @@ class Layout:
         start = position % grid
         alone = mask.shape[1] == 1
         lead = torch.zeros_like(start) if alone else start
-        slots = 1 if alone else max(1, int((lead + count).max()))
+        if alone:
+            slots = 1
+        elif torch.compiler.is_compiling():  # a graph has room for any: it cannot ask a tensor
+            slots = mask.shape[1] + grid - 1
+        else:
+            slots = max(1, int((lead + count).max()))
         slot = (lead[:, None] + mask.long().cumsum(1) - 1).clamp(0, slots - 1)
         cells = torch.arange(slots, device=mask.device)
         valid = (cells >= lead[:, None]) & (cells < (lead + count)[:, None])
@@ -60,15 +65,31 @@ class Layout:
         offset = start - lead
         return cls(position, offset, lead, count, valid, column, slot, mask)
 
+    def to(self, device: torch.device | int | str, *, non_blocking: bool = False) -> "Layout":
+        """On a device; accelerate calls it where a layer lies on another one than the layer before.
+
+        Args:
+            device: where the layer computes.
+            non_blocking: whether copies may still be under way.
+        """
+        if self.valid.device == torch.device(device):
+            return self
+        tensors = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in fields(self)
+        }
+        return Layout(**tensors)
+
     def enter(self, x: Tensor) -> Tensor:
         """(B, T, D) columns to (B, N, D) slots; empty slots hold zeros."""
         taken = x.gather(1, self.column[..., None].expand(-1, -1, x.shape[-1]))
         return taken * self.valid[..., None]
 
     def leave(self, x: Tensor) -> Tensor:
-        """(B, N, D) slots to (B, T, D) columns; pads become zeros."""
-        taken = x.gather(1, self.slot[..., None].expand(-1, -1, x.shape[-1]))
-        return taken * self.padding[..., None]
+        """(B, N, D) slots to (B, T, D) columns, on the device of ``x``; pads become zeros."""
+        here = self.to(x.device)
+        taken = x.gather(1, here.slot[..., None].expand(-1, -1, x.shape[-1]))
+        return taken * here.padding[..., None]
 
     def part(self, first: int, length: int) -> "Layout":
         """The slots [first, first + length) as a layout of their own, for one segment."""

@@ -122,11 +122,11 @@ class MemoryAsLayer(nn.Module):
 
 
 class AttentionMixer(nn.Module):
-    """Transformer++: full causal attention."""
+    """Transformer++: causal attention, over all tokens or the last ``attention_window``."""
 
     def __init__(self, config: TitansConfig) -> None:
         super().__init__()
-        self.attention = WindowAttention(config, None)
+        self.attention = WindowAttention(config, config.attention_window)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(

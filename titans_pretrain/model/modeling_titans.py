@@ -210,10 +210,11 @@ class TitansModel(TitansPreTrainedModel):
                     f"attention_mask is {tuple(mask.shape)}, expected ({batch}, {seen + columns})"
                 )
             mask = mask[:, -columns:]
-            if not bool(((mask == 0) | (mask == 1)).all()):
+            asks = not torch.compiler.is_compiling()  # a graph cannot branch on what a tensor holds
+            if asks and not bool(((mask == 0) | (mask == 1)).all()):
                 raise ValueError("attention_mask holds values other than 0 (pad) and 1 (token)")
             mask = mask.bool()
-            if cache is None and bool(mask.all()):
+            if asks and cache is None and bool(mask.all()):
                 mask = None
         if mask is None and cache is None:
             return None
@@ -291,6 +292,27 @@ class TitansForCausalLM(TitansPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
         )
         return result if return_dict is not False else result.to_tuple()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: TitansCache | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What ``generate`` gives to a call.
+
+        Where a prompt comes in pieces, transformers 4 adds positions, which count pads, too.
+        """
+        kwargs.pop("position_ids", None)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -1,7 +1,8 @@
 """A model made part by part, so that no host ever holds more of it than its shards and one part.
 
 Every module's weights come from a seed of their own, made of the run's seed and the module's name:
-a run begins with the same weights on any mesh.
+a run begins with the same weights on any mesh. A model of another library is made whole, as only
+its own class knows how its weights begin.
 """
 
 import hashlib
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from titans_pretrain.baselines import foreign
 
 if TYPE_CHECKING:
     from titans_pretrain.model.modeling_titans import TitansForCausalLM
@@ -30,18 +33,20 @@ def construct(
     seed: int,
     parallel: "Parallel | None" = None,
     partition: Callable[[nn.Module], None] | None = None,
-) -> "TitansForCausalLM":
+) -> Any:
     """The model with the seed's initial weights.
 
     Embedding, blocks, final norm and head are made on the host in float32 one after another; each
     is given to the mesh and sharded before the next. Weights are equal on any mesh.
 
     Args:
-        fields: of TitansConfig.
+        fields: of TitansConfig, or the keys of another library's model.
         seed: of the initial weights.
         parallel: the mesh to apply; None leaves the parts as they are.
         partition: shards a part over the data ranks; None leaves it whole.
     """
+    if foreign.is_foreign(fields):
+        return _whole(fields, seed, parallel, partition)
     model = skeleton(fields)
     for name in _units(model):
         unit = model.get_submodule(name)
@@ -53,6 +58,28 @@ def construct(
             parallel.apply(unit, name)
         if partition is not None:
             partition(unit)
+    return model
+
+
+def _whole(
+    fields: Mapping[str, Any],
+    seed: int,
+    parallel: "Parallel | None",
+    partition: Callable[[nn.Module], None] | None,
+) -> nn.Module:
+    """Another library's model; its buffers, such as rotary frequencies, keep their precision."""
+    model = foreign.build(fields, seed)
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    if parallel is not None:
+        parallel.apply(model, "")
+    if partition is not None:
+        partition(model)
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer
     return model
 
 

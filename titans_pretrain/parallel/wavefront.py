@@ -51,4 +51,4 @@ def is_interleaved(config: RunConfig) -> bool:
 
     Those of a transformer do not: all of them take part in each exchange of heads.
     """
-    return config.mesh.interleave and config.model["variant"] != "transformer"
+    return config.mesh.interleave and config.model.get("variant") != "transformer"

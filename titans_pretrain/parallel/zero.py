@@ -119,9 +119,8 @@ class ZeroEngine:
             self._coordinator.reset_step()
             self._tracing = training
         with torch.set_grad_enabled(training), self._place("forward", micro_batch, training):
-            out = self._engine(
-                input_ids=input_ids, document_starts=document_starts, use_cache=False
-            )
+            told = {} if document_starts is None else {"document_starts": document_starts}
+            out = self._engine(input_ids=input_ids, use_cache=False, **told)
         logits: torch.Tensor = out.logits
         return logits
 
@@ -390,7 +389,13 @@ def check_same_trace(group: Any, trace: Sequence[int]) -> None:
 
 
 def _gather_by_block(model: nn.Module) -> None:
-    """Gather a block's parameters at once, not those of each small module when it is called."""
+    """Gather a block's parameters at once, not those of each small module when it is called.
+
+    DeepSpeed reduces such a block's gradients in each of its backward passes: one that a model
+    calls several times in a forward pass must not be gathered so.
+    """
+    if getattr(model, "repeats_blocks", False):
+        return
     from deepspeed.utils import set_z3_leaf_modules
 
     names: Sequence[str] = getattr(model, "_no_split_modules", None) or ()

@@ -125,7 +125,7 @@ def exchange_bytes(config: RunConfig, length: int | None = None) -> int:
     Queries, keys, values and the output change hands, all but the rank's own part of each; in
     backward their gradients do.
     """
-    if config.model["variant"] != "transformer":
+    if config.model.get("variant") != "transformer":
         return 0
     length, ranks = length or config.data.sequence_length, config.mesh.sequence
     width = config.model["hidden_size"] // config.mesh.tensor

@@ -1,4 +1,4 @@
-"""How many parameters a model has, from its fields. No torch here.
+"""How many parameters a model has, from its fields. Another library's is built, without weights.
 
 D hidden_size, H memory heads of width d, h width of an attention head.
 """
@@ -6,6 +6,7 @@ D hidden_size, H memory heads of width d, h width of an attention head.
 from collections.abc import Mapping
 from typing import Any
 
+from titans_pretrain.baselines import foreign
 from titans_pretrain.model.fields import WITH_ATTENTION, WITH_MEMORY
 
 
@@ -13,13 +14,15 @@ def count(model: Mapping[str, Any]) -> int:
     """All parameters of a model; a head tied to the embedding counts once.
 
     Args:
-        model: resolved fields of TitansConfig.
+        model: resolved fields of TitansConfig, or the keys of another library's model.
     """
     return sum(parts(model).values())
 
 
 def parts(model: Mapping[str, Any]) -> dict[str, int]:
     """Parameters of a model by part; ``blocks`` is all of them."""
+    if foreign.is_foreign(model):
+        return _parts_of_foreign(model)
     width, vocabulary = model["hidden_size"], model["vocab_size"]
     return {
         "embedding": vocabulary * width,
@@ -27,6 +30,13 @@ def parts(model: Mapping[str, Any]) -> dict[str, int]:
         "final_norm": width,
         "head": 0 if model["tie_word_embeddings"] else vocabulary * width,
     }
+
+
+def layers(model: Mapping[str, Any]) -> int:
+    """Blocks of a model."""
+    if foreign.is_foreign(model):
+        return int(foreign.configuration(model).num_hidden_layers)
+    return int(model["num_hidden_layers"])
 
 
 def block(model: Mapping[str, Any]) -> dict[str, int]:
@@ -56,6 +66,22 @@ def memory_layers(model: Mapping[str, Any]) -> list[tuple[int, int]]:
 def memory_heads(model: Mapping[str, Any]) -> int:
     """Memories of a layer."""
     return int(model["memory_heads"] or model["num_attention_heads"])
+
+
+def _parts_of_foreign(model: Mapping[str, Any]) -> dict[str, int]:
+    """Its embedding and head are told apart; ``blocks`` is all the rest."""
+    network: Any = foreign.skeleton(model)
+    total = sum(parameter.numel() for parameter in network.parameters())
+    embedding, head = network.get_input_embeddings(), network.get_output_embeddings()
+    known = {id(parameter): parameter.numel() for parameter in embedding.parameters()}
+    inside = sum(known.values())
+    outside = (
+        0
+        if head is None
+        else sum(parameter.numel() for parameter in head.parameters() if id(parameter) not in known)
+    )
+    blocks = total - inside - outside
+    return {"embedding": inside, "blocks": blocks, "final_norm": 0, "head": outside}
 
 
 def _memory(model: Mapping[str, Any]) -> int:

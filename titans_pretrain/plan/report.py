@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from titans_pretrain.baselines import foreign
 from titans_pretrain.config import RunConfig
 from titans_pretrain.parallel import wavefront
 from titans_pretrain.parallel.mesh import Mesh
@@ -68,8 +69,8 @@ def _stage(config: RunConfig, mesh: Mesh, step: int, length: int) -> dict[str, A
 
 def _layer_times(config: RunConfig, mesh: Mesh) -> int:
     """Times of one layer's forward and backward pass that a step takes on the line of ranks."""
-    layers, count = config.model["num_hidden_layers"], mesh.accumulation(config.train)
-    if config.model["variant"] == "transformer":
+    layers, count = parameters.layers(config.model), mesh.accumulation(config.train)
+    if config.model.get("variant") == "transformer":
         return int(count * layers)
     if wavefront.is_interleaved(config):
         return int(count * layers + mesh.sequence - 1)
@@ -79,16 +80,20 @@ def _layer_times(config: RunConfig, mesh: Mesh) -> int:
 def _size(config: RunConfig, sizes: Mapping[str, int]) -> Iterator[str]:
     model = config.model
     name = config.run.name or config.run.directory
+    layers = parameters.layers(model)
+    head = f", head {sizes['head']:,}" if sizes["head"] else ", which is the head too"
+    if foreign.is_foreign(model):
+        yield f"{name}: {foreign.name_of(model)}, {sizes['total']:,} parameters"
+        yield f"  embedding {sizes['embedding']:,}{head}"
+        yield f"  {layers} block{'s' * (layers > 1)} and norms of {sizes['blocks']:,} together"
+        return
     yield f"{name}: {model['variant']}, {sizes['total']:,} parameters"
-    layers = model["num_hidden_layers"]
     block = ", ".join(
         f"{part.replace('_', ' ')} {elements:,}"
         for part, elements in parameters.block(model).items()
         if elements
     )
-    yield f"  embedding {sizes['embedding']:,}" + (
-        f", head {sizes['head']:,}" if sizes["head"] else ", which is the head too"
-    )
+    yield f"  embedding {sizes['embedding']:,}{head}"
     yield f"  {layers} block{'s' * (layers > 1)} of {sizes['blocks'] // layers:,}:"
     yield f"    {block}"
 
@@ -110,7 +115,7 @@ def _steps(config: RunConfig, mesh: Mesh, stage: Mapping[str, Any]) -> Iterator[
             else ", one after another"
         )
     )
-    layers = config.model["num_hidden_layers"]
+    layers = parameters.layers(config.model)
     if mesh.sequence > 1 and config.model["variant"] != "transformer":
         yield (
             f"  a step takes {stage['layer_times_per_step']} layer times; ranks that waited for "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from titans_pretrain.baselines import foreign
 from titans_pretrain.config import RunConfig
 from titans_pretrain.data.loader import SequenceLoader, open_loader
 from titans_pretrain.data.mixture import Corpus
@@ -63,15 +64,28 @@ def _manifests(config: RunConfig) -> str:
 
 
 def build_engine(config: RunConfig, parallel: Parallel, device: torch.device) -> ZeroEngine:
-    """The model with the seed's initial weights, whatever the mesh, in an engine."""
+    """The model with the seed's initial weights, whatever the mesh, in an engine.
+
+    Raises:
+        UserError: another library's model that cannot be trained here.
+    """
+    if foreign.is_foreign(config.model):
+        foreign.check_device(config.model, device.type)
     torch.manual_seed(config.train.seed)  # torch begins with another one in every process
     partition = partitioner(config.train, parallel.groups)
     model = construct(config.model, config.train.seed, parallel, partition)
-    matrices = optimizer.decayed(skeleton(config.model))
+    matrices = _matrices(config)
     adam = optimizer.build(model, config.train, matrices)
     engine = ZeroEngine(model, adam, config.train, parallel, device)
     engine.train()
     return engine
+
+
+def _matrices(config: RunConfig) -> set[str]:
+    """Names of the parameters that decay."""
+    if foreign.is_foreign(config.model):
+        return optimizer.matrices(foreign.skeleton(config.model))
+    return optimizer.decayed(skeleton(config.model))
 
 
 def random_state() -> str:

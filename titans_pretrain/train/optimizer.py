@@ -29,13 +29,33 @@ def decayed(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in linear}
 
 
+def matrices(model: nn.Module) -> set[str]:
+    """Names of the parameters that decay in another library's model, whose layers are not known.
+
+    Those called ``weight`` with two axes: projections of any kind. Norms, biases, convolutions and
+    what a recurrence calls by a name of its own (``A_log``) do not decay, nor do embeddings, nor a
+    head that is tied to one.
+
+    Args:
+        model: may be on meta.
+    """
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if name.endswith(".weight") and parameter.dim() == 2 and id(parameter) not in embeddings
+    }
+
+
 def build(model: nn.Module, train: TrainSection, matrices: Collection[str]) -> torch.optim.AdamW:
     """AdamW in two groups, with and without decay.
 
     Args:
         model: whose parameters are optimized.
         train: the optimization.
-        matrices: names of the parameters that decay, see ``decayed``.
+        matrices: names of the parameters that decay, see ``decayed`` and ``matrices``.
 
     Raises:
         ValueError: a name is no parameter of the model.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from titans_pretrain.baselines import foreign
 from titans_pretrain.config import RunConfig
 from titans_pretrain.data.loader import Batch
 from titans_pretrain.errors import TitansError
@@ -62,7 +63,13 @@ def check_mesh(config: RunConfig, parallel: Parallel, device: torch.device) -> N
 
 
 def tiny_fields(model: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
-    """The run's model in the smallest sizes that the mesh divides; its kind stays."""
+    """The run's model in the smallest sizes that the mesh divides; its kind stays.
+
+    Another library's model has no smaller sizes that are known here. A transformer stands in for
+    it: data ranks reduce any model's gradients alike.
+    """
+    if foreign.is_foreign(model):
+        model = fields.defaults() | {"variant": "transformer"}
     variant = model["variant"]
     heads = mesh.tensor * (mesh.sequence if variant == "transformer" else 1)
     sizes: dict[str, Any] = {

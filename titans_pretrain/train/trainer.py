@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,16 @@ from titans_pretrain.data.prefetch import ReadAhead
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.parallel import devices
 from titans_pretrain.parallel.parallelize import Parallel
-from titans_pretrain.train import build, guard, outcome, rollback, schedule, stopping, validation
+from titans_pretrain.train import (
+    build,
+    guard,
+    initial,
+    outcome,
+    rollback,
+    schedule,
+    stopping,
+    validation,
+)
 from titans_pretrain.train.build import Data
 from titans_pretrain.train.directory import RunDirectory
 from titans_pretrain.train.lease import Lease
@@ -27,7 +36,7 @@ from titans_pretrain.train.metrics import has_validation, last_rollback
 from titans_pretrain.train.outcome import Outcome
 from titans_pretrain.train.passes import Passes
 from titans_pretrain.train.records import Records
-from titans_pretrain.train.saving import Saves
+from titans_pretrain.train.saving import Saves, awaited
 from titans_pretrain.train.signals import StopRequest
 from titans_pretrain.train.stopping import Stopping
 from titans_pretrain.train.trace import traced
@@ -81,10 +90,27 @@ class Trainer:
         )
         self._guard = guard.Guard(config.guard)
         self._saver = Saves(
-            config.checkpoint, directory, self._lease, self._stopping.triggers.saved
+            config.checkpoint,
+            directory,
+            self._lease,
+            self._stopping.triggers.saved,
+            awaited(config, directory, self._lease),
         )
         self._restored = self._save_asked = False
+        self._initial: Mapping[str, Any] = {}
         self._step = self._position = self._updates = 0
+
+    def initialise(self, directory: Path, told: Mapping[str, Any]) -> None:
+        """Begin with an exported model's weights instead of the seed's.
+
+        Args:
+            directory: what ``initial.check`` allowed.
+            told: what it returned, for the checkpoints to come.
+        """
+        devices.together(lambda: initial.fill(directory, self._engine.shards()))
+        self._engine.restore(0)
+        self._initial = told
+        self._tell(f"initial weights: {directory}")
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint, and where the run rolled back to it, from after the bad batch.
@@ -100,6 +126,7 @@ class Trainer:
         self._saver.loaded(self._step)
         self._updates = state.get("updates", self._step)
         self._guard.restore(state.get("guard", {}))
+        self._initial = state.get("initial", {})
         self._engine.restore(self._updates)
         build.set_random_state(state["rng"])
         undone = devices.from_first(lambda: last_rollback(self._directory.metrics, self._step))
@@ -361,6 +388,7 @@ class Trainer:
                     "position": self._position,
                     "updates": self._updates,
                     "guard": self._guard.state(),
+                    "initial": self._initial,
                     "fingerprint": self._data.corpus.fingerprint,
                     "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
                     "rng": build.random_state(),

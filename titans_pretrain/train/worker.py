@@ -26,7 +26,7 @@ from titans_pretrain.parallel.devices import OtherRankFailed
 from titans_pretrain.parallel.parallelize import Parallel
 from titans_pretrain.parallel.rendezvous import MissingRanks
 from titans_pretrain.parallel.whereabouts import Whereabouts
-from titans_pretrain.train import outcome, stopping
+from titans_pretrain.train import initial, outcome, stopping
 from titans_pretrain.train.build import open_data
 from titans_pretrain.train.directory import RunDirectory, failure_record
 from titans_pretrain.train.heartbeat import Heartbeat
@@ -101,6 +101,10 @@ class Worker:
         devices.together(lambda: _check_equal(dumps))
         data = devices.together(lambda: open_data(config))
         notes, checkpoint = devices.from_first(lambda: self._open(resume))
+        initial_weights = {}
+        if config.train.init_from and checkpoint is None:
+            pieces = data.corpus.tokenizer
+            initial_weights = devices.from_first(lambda: initial.check(config, pieces.read_bytes()))
         self._redirect()
         self._tell_ranks()
         watch = self._start_watch()
@@ -131,6 +135,8 @@ class Worker:
         )
         if checkpoint is not None:
             trainer.restore(checkpoint)
+        elif initial_weights:
+            trainer.initialise(Path(config.train.init_from), initial_weights)
         devices.from_first(lambda: self._begin(data.corpus.fingerprint))
         trainer.run()
         watch.end()
@@ -180,6 +186,8 @@ class Worker:
                 fix="bring a good one back, or move this directory away and --resume starts over",
             )
         start = f"resuming from {checkpoint}" if checkpoint else "starting at step 0"
+        if checkpoint and self._config.train.init_from:
+            skipped = [*skipped, "train.init_from has no effect: a checkpoint is there"]
         return [*notes, *skipped, start], checkpoint
 
     def _redirect(self) -> None:

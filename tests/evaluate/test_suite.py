@@ -1,0 +1,221 @@
+"""Several tasks: finished cells are kept, taken by the same command, and reported."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.evaluate import loaded, report_figure, suite
+
+
+class Task:
+    """Counts its runs; cell ``bad`` fails."""
+
+    def __init__(self, name="apple", cells=("2048", "4096"), **identity):
+        self.name, self._cells, self._identity = name, list(cells), identity
+        self.ran = []
+
+    def identity(self):
+        return {"samples": 3, "max_length": 64, **self._identity}
+
+    def cells(self):
+        return self._cells
+
+    def run(self, model, cell, tell):
+        if cell == "bad":
+            raise TitansError("the loss is nan", where="here", fix="another")
+        tell("half")
+        self.ran.append(cell)
+        return {"accuracy": 0.5, "samples": 3}
+
+
+class Network:
+    dtype = "float32"
+    device = "cuda:0"
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The models that were loaded, without loading any or drawing."""
+    found = []
+
+    def load(directory, **options):
+        found.append((directory, options))
+        return Network()
+
+    monkeypatch.setattr(loaded, "load", load)
+    monkeypatch.setattr(loaded, "parameters", lambda _: 1000)
+    monkeypatch.setattr(report_figure, "draw", lambda _, path: path.touch())
+    return found
+
+
+@pytest.fixture
+def model(tmp_path):
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def kept(out):
+    return sorted(path.name for path in (out / suite.CELLS).iterdir())
+
+
+def test_cells_and_report_are_written(model, tmp_path, loads, capsys):
+    out = tmp_path / "out"
+    found = suite.evaluate(model, out, [Task(), Task("pear", [""])], device="cpu")
+    assert kept(out) == ["apple-2048.json", "apple-4096.json", "pear.json"]
+    assert [(row["task"], row["cell"]) for row in found["results"]] == [
+        ("apple", "2048"),
+        ("apple", "4096"),
+        ("pear", ""),
+    ]
+    assert {path.name for path in out.iterdir()} == {
+        "cells",
+        "report.json",
+        "report.md",
+        "report.png",
+    }
+    assert len(loads) == 1
+    assert "[3/3] pear  half" in capsys.readouterr().err
+
+
+def test_the_same_command_runs_nothing_and_loads_nothing(model, tmp_path, loads, capsys):
+    first = suite.evaluate(model, tmp_path, [Task()])
+    again = Task()
+    assert suite.evaluate(model, tmp_path, [again]) == first
+    assert again.ran == []
+    assert len(loads) == 1
+    assert "apple-2048: there already" in capsys.readouterr().err
+
+
+def test_a_failed_cell_leaves_the_others_and_the_next_call_does_the_rest(model, tmp_path, loads):
+    with pytest.raises(TitansError, match="apple-bad: the loss is nan") as caught:
+        suite.evaluate(model, tmp_path, [Task(cells=["1", "bad", "2"])])
+    assert (caught.value.where, caught.value.exit_code) == ("here", 1)
+    assert kept(tmp_path) == ["apple-1.json"]
+    rest = Task(cells=["1", "2"])
+    suite.evaluate(model, tmp_path, [rest])
+    assert rest.ran == ["2"]
+
+
+def test_a_users_mistake_stays_one(model, tmp_path, loads):
+    class Wrong(Task):
+        def run(self, model, cell, tell):
+            raise UserError("too long", where="--max-length", fix="less")
+
+    with pytest.raises(UserError, match="apple-2048: too long"):
+        suite.evaluate(model, tmp_path, [Wrong()])
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate"), TitansError),
+        (MemoryError(), TitansError),
+        (RuntimeError("shapes"), RuntimeError),
+    ],
+)
+def test_a_task_that_does_not_fit_says_so(raised, told, model, tmp_path, loads):
+    class Large(Task):
+        def run(self, model, cell, tell):
+            raise raised
+
+    with pytest.raises(told) as caught:
+        suite.evaluate(model, tmp_path, [Large()])
+    if told is TitansError:
+        assert "apple-2048 does not fit in memory" in str(caught.value)
+        assert "--batch" in caught.value.fix
+
+
+def test_another_identity_runs_again(model, tmp_path, loads):
+    suite.evaluate(model, tmp_path, [Task(seed=0)])
+    other = Task(seed=1)
+    found = suite.evaluate(model, tmp_path, [other])
+    assert other.ran == ["2048", "4096"]
+    assert all(row["identity"]["seed"] == 1 for row in found["results"])
+
+
+def test_another_model_runs_again_and_is_reported_alone(model, tmp_path, loads):
+    out = tmp_path / "out"
+    suite.evaluate(model, out, [Task(), Task("pear", [""])])
+    (model / "config.json").write_text('{"model_type": "other"}')
+    other = Task()
+    found = suite.evaluate(model, out, [other])
+    assert other.ran == ["2048", "4096"]
+    assert [row["task"] for row in found["results"]] == ["apple", "apple"]
+
+
+@pytest.mark.parametrize("contents", ["", '{"format"', "[]", '{"format": "titans-eval-cell/1"}'])
+def test_a_damaged_cell_runs_again(contents, model, tmp_path, loads):
+    suite.evaluate(model, tmp_path, [Task()])
+    (tmp_path / "cells/apple-2048.json").write_text(contents)
+    again = Task()
+    suite.evaluate(model, tmp_path, [again])
+    assert again.ran == ["2048"]
+
+
+def test_earlier_tasks_of_the_model_stay_in_the_report(model, tmp_path, loads):
+    suite.evaluate(model, tmp_path, [Task()])
+    found = suite.evaluate(model, tmp_path, [Task("pear", [""])])
+    assert {row["task"] for row in found["results"]} == {"apple", "pear"}
+
+
+def test_cut_samples_are_warned_about(model, tmp_path, loads, capsys):
+    class Cut(Task):
+        def run(self, model, cell, tell):
+            return {"accuracy": 0.5, "samples": 3, "truncated": 2}
+
+    suite.evaluate(model, tmp_path, [Cut(cells=[""])])
+    warned = "warning: apple: 2 of 3 samples were cut to 64 tokens, on the left"
+    assert warned in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import test_suite
+from pathlib import Path
+from titans_pretrain import files
+from titans_pretrain.evaluate import loaded, suite
+
+class Network:
+    dtype = "float32"
+
+loaded.load = lambda *_, **__: Network()
+write, when = suite.write_json, sys.argv[1]
+
+def dies(path, value):
+    if path.name == "apple-2.json" and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if path.name == "apple-2.json" and when == "within":
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    write(path, value)
+    if path.name == "apple-2.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+suite.write_json = dies
+suite.evaluate(Path(sys.argv[2]), Path(sys.argv[3]), [test_suite.Task(cells=["1", "2", "3"])])
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "left"), [("before", ["2", "3"]), ("within", ["2", "3"]), ("after", ["3"])]
+)
+def test_a_killed_evaluation_loses_the_unfinished_cell_only(when, left, model, tmp_path, loads):
+    out = tmp_path / "out"
+    code = KILLED.format(tests=str(Path(__file__).parent))
+    words = [sys.executable, "-c", code, when, str(model), str(out)]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    rest = Task(cells=["1", "2", "3"])
+    suite.evaluate(model, out, [rest])
+    assert rest.ran == left
+    assert kept(out) == ["apple-1.json", "apple-2.json", "apple-3.json"]
+    rows = [json.loads((out / f"cells/apple-{n}.json").read_text()) for n in (1, 2, 3)]
+    assert all(row["result"]["accuracy"] == 0.5 for row in rows)

@@ -1,0 +1,130 @@
+"""Configuration of the baselines that no library keeps, as Hugging Face knows it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+KINDS = (
+    "retnet",
+    "gla",
+    "deltanet",
+    "gated_deltanet",
+    "ttt_linear",
+    "ttt_mlp",
+    "window",
+    "mamba",
+    "mamba2",
+)
+
+
+class BaselineConfig(PretrainedConfig):
+    """A stack of blocks, each a mixer and a feed-forward layer, both pre-norm and residual.
+
+    Args:
+        mixers: kinds of the blocks' mixers, out of ``KINDS``, repeated from the first block on.
+        vocab_size: pieces of the tokenizer.
+        hidden_size: width of the residual, D.
+        num_hidden_layers: blocks.
+        num_heads: heads of every mixer but Mamba's.
+        intermediate_size: width of the SwiGLU layer.
+        window_size: tokens that a window reaches, the token itself included.
+        rope_theta: base of the rotary frequencies.
+        conv_width: taps of the short convolutions.
+        chunk_size: tokens a linear recurrence takes at once; changes rounding only.
+        mini_batch_size: tokens whose gradients TTT takes at the same weights.
+        inner_learning_rate: of TTT at a gate of one.
+        state_size: of Mamba (N).
+        expand: inner width of Mamba and Mamba2 over D.
+        memory_embeddings: of RMT, read at the start and written at the end of each segment; 0 for
+            none.
+        segment_length: tokens between two writes of RMT's memory.
+        rms_norm_eps: RMSNorm's epsilon.
+        initializer_range: standard deviation of projections and embeddings at the start.
+
+    Raises:
+        ValueError: a value the model cannot have.
+    """
+
+    model_type = "titans_baseline"
+
+    def __init__(
+        self,
+        mixers: Sequence[str] = ("gated_deltanet",),
+        vocab_size: int = 32000,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_heads: int = 6,
+        intermediate_size: int = 2048,
+        window_size: int = 2048,
+        rope_theta: float = 10000.0,
+        conv_width: int = 4,
+        chunk_size: int = 64,
+        mini_batch_size: int = 16,
+        inner_learning_rate: float = 1.0,
+        state_size: int = 16,
+        expand: int = 2,
+        memory_embeddings: int = 0,
+        segment_length: int = 512,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.mixers = list(mixers)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_heads = num_heads
+        self.intermediate_size = intermediate_size
+        self.window_size = window_size
+        self.rope_theta = rope_theta
+        self.conv_width = conv_width
+        self.chunk_size = chunk_size
+        self.mini_batch_size = mini_batch_size
+        self.inner_learning_rate = inner_learning_rate
+        self.state_size = state_size
+        self.expand = expand
+        self.memory_embeddings = memory_embeddings
+        self.segment_length = segment_length
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self._check()
+        kwargs.pop("use_cache", None)
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+        self.use_cache = False  # nothing is kept between calls
+
+    def kinds(self) -> list[str]:
+        """The mixer of every block."""
+        return [self.mixers[i % len(self.mixers)] for i in range(self.num_hidden_layers)]
+
+    def _check(self) -> None:
+        unknown = [kind for kind in self.mixers if kind not in KINDS]
+        if unknown or not self.mixers:
+            raise ValueError(
+                f"mixers {unknown or self.mixers}: use names out of {', '.join(KINDS)}"
+            )
+        if self.hidden_size % (8 * self.num_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of 8 * num_heads {self.num_heads}"
+            )
+        positive = "num_hidden_layers window_size conv_width chunk_size mini_batch_size"
+        for name in (*positive.split(), "segment_length", "state_size", "expand"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is less than 1")
+        if self.memory_embeddings < 0:
+            raise ValueError(f"memory_embeddings {self.memory_embeddings} is less than 0")
+        if self.memory_embeddings and set(self.mixers) != {"window"}:
+            raise ValueError(f"memory_embeddings need mixers ['window'], not {self.mixers}")
+
+
+__all__ = ["BaselineConfig"]

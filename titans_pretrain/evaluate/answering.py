@@ -1,0 +1,166 @@
+"""The likeliest continuations of prompts, whatever their length."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.evaluate.loaded import Loaded
+from titans_pretrain.evaluate.text_tokens import whole_ids
+
+PIECE = 4096
+
+
+def greedy(
+    model: Loaded,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch: int = 1,
+    piece: int = PIECE,
+) -> list[str]:
+    """Continue every prompt with the likeliest token, again and again.
+
+    A batch is padded on the left. A Titans model reads prompts a piece at a time into its cache, so
+    that memory does not depend on their length; other models read them as transformers does.
+
+    Args:
+        model: what continues.
+        prompts: texts; an empty one begins a document.
+        max_new_tokens: tokens to add; fewer if the model ends the document.
+        batch: prompts at once.
+        piece: tokens that a Titans model reads at once.
+
+    Returns:
+        The continuations alone, without special tokens, in the order of the prompts.
+
+    Raises:
+        UserError: a prompt that the model's positions do not hold, tokens it does not have, or no
+            token to begin with.
+        TitansError: a batch does not fit in memory.
+    """
+    rows = [_encode(model, prompt, number) for number, prompt in enumerate(prompts)]
+    _check_lengths(model, [len(row) for row in rows], max_new_tokens)
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    answers = [""] * len(rows)
+    for first in range(0, len(order), batch):
+        numbers = order[first : first + batch]
+        try:
+            texts = _continue(model, [rows[number] for number in numbers], max_new_tokens, piece)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            raise TitansError(
+                f"{len(numbers)} prompts of up to {len(rows[numbers[-1]]):,} tokens do not fit in "
+                f"the memory of {model.device}",
+                where=f"prompt {numbers[-1]}",
+                fix="use fewer at once (--batch), shorter prompts, or a device with more memory",
+            ) from None
+        for number, text in zip(numbers, texts, strict=True):
+            answers[number] = text
+    return answers
+
+
+def _encode(model: Loaded, prompt: str, number: int) -> Any:
+    """Token ids of a prompt, (tokens,), as the tokenizer begins a text."""
+    import torch
+
+    text = prompt or model.tokenizer.bos_token or model.tokenizer.eos_token
+    if not text:
+        raise UserError(
+            "the model has no token to begin a document with",
+            where=f"prompt {number}",
+            fix="give a prompt",
+        )
+    found = whole_ids(model.tokenizer, text)
+    if not found:
+        raise UserError(
+            f"the tokenizer makes no token of {text!r}",
+            where=f"prompt {number}",
+            fix="give a prompt with more in it",
+        )
+    ids = torch.frombuffer(found, dtype=torch.int64)
+    vocabulary = model.network.get_input_embeddings().weight.shape[0]
+    if int(ids.max()) >= vocabulary:
+        raise UserError(
+            f"the tokenizer's ids exceed the model's {vocabulary}",
+            where=f"prompt {number}",
+            fix="export the model again",
+        )
+    return ids
+
+
+def _check_lengths(model: Loaded, lengths: Sequence[int], new: int) -> None:
+    if model.longest is None:
+        return
+    for number, length in enumerate(lengths):
+        if length + new > model.longest:
+            raise UserError(
+                f"{length} tokens and {new} new ones are more than the model's "
+                f"{model.longest} positions",
+                where=f"prompt {number}",
+                fix=f"use prompts of at most {model.longest - new} tokens",
+            )
+
+
+def _continue(model: Loaded, rows: Sequence[Any], new: int, piece: int) -> Iterator[str]:
+    """The continuations of a batch."""
+    import torch
+    from transformers import GenerationConfig
+
+    ends, pad = _end_tokens(model), _pad_token(model)
+    length = max(map(len, rows))
+    tokens = torch.full((len(rows), length), pad)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(rows):
+        tokens[row, length - len(ids) :] = ids
+        mask[row, length - len(ids) :] = 1
+    pieces = {}
+    if model.network.config.model_type == "titans":
+        pieces = {"prefill_chunk_size": piece}
+    settings = GenerationConfig(
+        max_new_tokens=new,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        **pieces,
+    )
+    with torch.inference_mode():
+        out = model.network.generate(
+            tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+        )
+    return (_text(model, row, ends) for row in out[:, length:].tolist())
+
+
+def _text(model: Loaded, tokens: list[int], ends: Sequence[int]) -> str:
+    """What was said before the document ended."""
+    stop = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+    text: str = model.tokenizer.decode(tokens[:stop], skip_special_tokens=True)
+    return text
+
+
+def _end_tokens(model: Loaded) -> list[int]:
+    """Ids that end a document: the model's own and its tokenizer's."""
+    told = model.network.generation_config.eos_token_id
+    own = told if isinstance(told, list) else [told]
+    return sorted({end for end in (*own, model.tokenizer.eos_token_id) if end is not None})
+
+
+def _pad_token(model: Loaded) -> int:
+    """Any id that fills a row: pads are masked."""
+    pad: int | None = model.tokenizer.pad_token_id
+    return pad if pad is not None else next(iter(_end_tokens(model)), 0)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    told = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in told
+        or "not enough memory" in told
+    )

@@ -1,0 +1,127 @@
+"""The picture of an evaluation beside the paper."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from titans_pretrain.evaluate import paper
+from titans_pretrain.files import atomic_file
+
+_OURS = {"color": "black", "linewidth": 2, "marker": "o", "markersize": 5, "label": "this model"}
+_PAPERS = {"linewidth": 1, "marker": ".", "alpha": 0.8}
+Panel = Callable[[Any], None]
+
+
+def draw(found: Mapping[str, Any], path: Path) -> None:
+    """Draw what ``report.compare`` found: a panel each for Table 1, each needle and BABILong."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = _panels(found)
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(7.5 * columns, 4.5 * rows), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        panel(axes)
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7, ncols=2)
+    with atomic_file(path) as handle:
+        figure.savefig(handle, format="png", dpi=120)
+    plt.close(figure)
+
+
+def _panels(found: Mapping[str, Any]) -> list[Panel]:
+    panels: list[Panel] = []
+    if found["table_1"]:
+        panels.append(lambda axes: _accuracies(axes, found["table_1"]))
+    for task in found["table_2"]["ours"] if found["table_2"] else ():
+        panels.append(_needle(found["table_2"], task))
+    panels += [_babilong(part) for part in found["figure_6"]]
+    if found["curves"]:
+        panels.append(lambda axes: _curves(axes, found["curves"]))
+    return panels or [lambda axes: _others(axes, found["results"])]
+
+
+def _accuracies(axes: Any, table: Mapping[str, Any]) -> None:
+    places = [table["columns"].index(name) for name in paper.ACCURACIES]
+    label = "the paper's other models"
+    for row in table["paper"]:
+        values = [row["values"][place] for place in places]
+        if row["model"].startswith("Titans"):
+            axes.plot(paper.ACCURACIES, values, ".", label=row["model"])
+        else:
+            axes.plot(paper.ACCURACIES, values, ".", color="0.75", label=label, zorder=1)
+            label = "_"  # told once
+    ours = [table["ours"][place] for place in places]
+    known = [name for name, value in zip(paper.ACCURACIES, ours, strict=True) if value is not None]
+    axes.plot(known, [value for value in ours if value is not None], "kD", label="this model")
+    axes.tick_params(axis="x", rotation=30)
+    axes.set(ylabel="accuracy (%)")
+    axes.set_title(f"{table['source']}, {table['size']}", loc="left", fontsize=9)
+
+
+def _needle(table: Mapping[str, Any], task: str) -> Panel:
+    ours = {cell: one["accuracy"] for cell, one in table["ours"][task].items()}
+    rows = {model: values[task] for model, values in table["rows"].items()}
+    title = f"{paper.NEEDLES[task]}, {table['source']}"
+    return lambda axes: _lengths(axes, title, table["lengths"], rows, ours)
+
+
+def _babilong(part: Mapping[str, Any]) -> Panel:
+    ours = {cell: one["accuracy"] for cell, one in part["ours"].items()}
+    title = f"BABILong, {part['source']}"
+    return lambda axes: _lengths(axes, title, part["lengths"], part["rows"], ours)
+
+
+def _lengths(
+    axes: Any,
+    title: str,
+    lengths: Sequence[str],
+    rows: Mapping[str, Sequence[float]],
+    ours: Mapping[str, float],
+) -> None:
+    """Accuracies against the length, evenly spaced."""
+    from titans_pretrain.evaluate.report import tokens
+
+    every = sorted({*lengths, *ours}, key=tokens)
+    for model, values in rows.items():
+        known = dict(zip(lengths, values, strict=False))
+        places = [index for index, at in enumerate(every) if at in known]
+        axes.plot(places, [known[every[index]] for index in places], label=model, **_PAPERS)
+    places = [index for index, at in enumerate(every) if at in ours]
+    axes.plot(places, [ours[every[index]] for index in places], **_OURS)
+    axes.set_xticks(range(len(every)), every)
+    axes.set(xlabel="length (tokens)", ylabel="accuracy (%)", ylim=(-3, 103))
+    axes.set_title(title, loc="left", fontsize=9)
+
+
+def _curves(axes: Any, curves: Sequence[Mapping[str, Any]]) -> None:
+    """Losses against the position, each bucket at its middle on the logarithmic axis."""
+    for one in curves:
+        places = [math.sqrt(max(part["from"], 1) * part["to"]) for part in one["curve"]]
+        losses = [part["loss"] for part in one["curve"]]
+        axes.plot(places, losses, marker="o", markersize=3, label=one["name"])
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="position (tokens)", ylabel="loss (nats per token)")
+    axes.set_title("Loss against position", loc="left", fontsize=9)
+
+
+def _others(axes: Any, results: Sequence[Mapping[str, Any]]) -> None:
+    """Results that the paper has none of: the first metric of each."""
+    names = [f"{row['task']} {row['cell']}".strip() for row in results]
+    firsts = [
+        next(item for item in row["result"].items() if isinstance(item[1], int | float))
+        for row in results
+    ]
+    axes.plot(names, [value for _, value in firsts], "kD", label="this model")
+    axes.tick_params(axis="x", rotation=30)
+    axes.set(ylabel=", ".join(sorted({metric for metric, _ in firsts})))

@@ -1,0 +1,168 @@
+"""What a model's memory does along a text: surprise, gates, writes and states, layer by layer."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from titans_pretrain import generate
+from titans_pretrain.errors import UserError
+from titans_pretrain.files import atomic_file, write_json
+from titans_pretrain.memory_trace import LayerTrace, trace
+from titans_pretrain.prefill import check_memory
+from titans_pretrain.token_stream import TokenStream
+
+FORMAT = "titans-memory-trace/1"
+MARKED = 12
+_BLOCK = 4096  # characters
+_DIGITS = 6
+_ASCII = re.compile("^<0x([0-7][0-9A-F])>$")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        tokens: the text of every token.
+        layers: number of a layer to its trace.
+        most: positions of the tokens that moved the memory most, the first the most.
+        moved: per token, the mean over layers of how far it moved the memory.
+    """
+
+    tokens: list[str]
+    layers: dict[int, LayerTrace]
+    most: list[int]
+    moved: list[float]
+
+
+def inspect_memory(
+    directory: Path,
+    file: Path,
+    picture: Path,
+    *,
+    tokens: int = 1024,
+    layers: Sequence[int] | None = None,
+    device: str = "auto",
+) -> Inspection:
+    """Draw a text's trace in the memory, and write its numbers beside it as JSON.
+
+    Args:
+        directory: what ``titans export`` wrote, of a variant with memory.
+        file: the text, UTF-8.
+        picture: the PNG; the numbers go to the same name with ``.json``.
+        tokens: of the text, the first; fewer where it is shorter.
+        layers: numbers of the layers, from 0; None for all.
+        device: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` takes a GPU if there is one.
+
+    Returns:
+        What was drawn.
+
+    Raises:
+        UserError: the model has no memory or no such layer, or the text is empty or not UTF-8.
+    """
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from titans_pretrain.memory_picture import draw
+
+    if picture.suffix != ".png":
+        raise UserError(
+            f"{picture.name} is no name of a PNG", where="--output", fix="let it end with .png"
+        )
+    disable_progress_bar()
+    set_verbosity_error()
+    model, tokenizer = generate.load(directory)
+    check_memory(model, str(directory))
+    ids = _read(file, tokenizer, tokens)
+    generate.check_ids(ids, model)
+    chosen = _layers(layers, model.config.num_hidden_layers)
+    model.to(generate.choose_device(device))
+    traces = trace(model, ids, chosen)
+    written = zip(*(one.written for one in traces.values()), strict=True)
+    moved = [sum(column) / len(chosen) for column in written]
+    most = sorted(range(len(ids)), key=lambda position: -moved[position])[:MARKED]
+    found = Inspection(_spelt(tokenizer, ids), traces, most, moved)
+    with atomic_file(picture) as handle:
+        draw(found, handle, title=f"{directory.name}, {file.name}")
+    write_json(picture.with_suffix(".json"), _facts(found, directory, file, model))
+    return found
+
+
+def table(found: Inspection) -> str:
+    """The layers' means, and the tokens that moved the memory most, as text."""
+    lines = ["layer  surprise  forget  momentum    step  kept by clip  moved  change of weights"]
+    for number, one in found.layers.items():
+        means = [_mean(v) for v in (one.surprise, one.forget, one.momentum, one.step)]
+        means += [_mean(one.clip), _mean(one.written)]
+        change = one.change[-1] / one.start
+        lines.append(
+            "{:5d}  {:8.3g}  {:6.3f}  {:8.3f}  {:6.3f}  {:11.0%}  {:5.3g}  {:16.1%}".format(
+                number, *means, change
+            )
+        )
+    words = ", ".join(f"{found.tokens[at]!r} ({at})" for at in found.most)
+    return "\n".join([*lines, f"moved the memory most: {words}", ""])
+
+
+def _read(file: Path, tokenizer: Any, count: int) -> list[int]:
+    """The text's first tokens."""
+    if not file.is_file():
+        raise UserError(f"{file} is no file", where=str(file), fix="give a text file")
+    stream = TokenStream(tokenizer)
+    ids: list[int] = []
+    try:
+        with open(file, encoding="utf-8", newline="") as handle:
+            while len(ids) < count and (text := handle.read(_BLOCK)):
+                ids += stream.feed(text)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"the text is not UTF-8: {error.reason}", where=str(file), fix="convert it to UTF-8"
+        ) from None
+    if len(ids) < count:
+        ids += stream.finish()
+    if not ids:
+        raise UserError("the text is empty", where=str(file), fix="give a file with text")
+    return ids[:count]
+
+
+def _layers(asked: Sequence[int] | None, count: int) -> list[int]:
+    chosen = sorted(set(range(count) if asked is None else asked))
+    if chosen[-1] >= count:
+        raise UserError(
+            f"there is no layer {chosen[-1]}", where="--layer", fix=f"use 0 to {count - 1}"
+        )
+    return chosen
+
+
+def _spelt(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Every token's text; a byte that is no character alone by its number."""
+    pieces = tokenizer.convert_ids_to_tokens(ids)
+    return [_ASCII.sub(lambda m: chr(int(m[1], 16)), piece).replace("▁", " ") for piece in pieces]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _facts(found: Inspection, directory: Path, file: Path, model: Any) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "model": str(directory),
+        "file": str(file),
+        "variant": model.config.variant,
+        "chunk_size": model.config.chunk_size,
+        "tokens": found.tokens,
+        "moved": _short(found.moved),
+        "most": found.most,
+        "layers": {
+            str(number): {name: _short(values) for name, values in vars(one).items()}
+            for number, one in found.layers.items()
+        },
+    }
+
+
+def _short(values: Any) -> Any:
+    if isinstance(values, float):
+        return float(f"{values:.{_DIGITS}g}")
+    return [_short(value) for value in values] if isinstance(values, list) else values

@@ -1,0 +1,245 @@
+"""A text read once into a model's memory, to be asked about many times."""
+
+import codecs
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from titans_pretrain import generate, memory_file
+from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.memory_file import Memory, Owner, Reading
+from titans_pretrain.prefill import PIECE, check_memory, new_cache, prefill
+from titans_pretrain.token_stream import TokenStream
+from titans_pretrain.train.metrics import duration
+
+SAVE_SECONDS = 300.0
+PROGRESS_SECONDS = 1.0
+BLOCK_BYTES = 2**14
+UNFINISHED = ".unfinished"
+
+
+def memorize(
+    directory: Path,
+    file: Path,
+    out: Path,
+    *,
+    earlier: Path | None = None,
+    piece: int = PIECE,
+    device: str = "auto",
+) -> Memory:
+    """Read a text into a memory and write it.
+
+    Neither the text nor anything that grows with it is held at once. Every five minutes the memory
+    so far is saved beside ``out``; the same call goes on from there.
+
+    Args:
+        directory: what ``titans export`` wrote, of a variant with memory.
+        file: the text, UTF-8.
+        out: the memory's file. It may be ``earlier``, otherwise there must be none.
+        earlier: a memory that the text is to follow, without anything in between.
+        piece: tokens that go through the model at once.
+        device: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` takes a GPU if there is one.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: text, model, memory and paths do not fit, or the text is empty or not UTF-8.
+    """
+    import torch
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    _check_paths(file, out, earlier)
+    disable_progress_bar()
+    set_verbosity_error()
+    model, tokenizer = generate.load(directory)
+    check_memory(model, str(directory))
+    model.to(generate.choose_device(device))
+    owner = Owner.of(directory, model)
+    unfinished = out.with_name(out.name + UNFINISHED)
+    with torch.inference_mode():
+        reader = _Reader(model, tokenizer, piece, *_begin(model, owner, file, earlier, unfinished))
+        saved = time.monotonic()
+        for _ in reader.read(file):
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                memory_file.save(unfinished, reader.so_far(), owner)
+                saved = time.monotonic()
+        memory = reader.finish()
+    memory_file.save(out, memory, owner)
+    unfinished.unlink(missing_ok=True)
+    return memory
+
+
+def _check_paths(file: Path, out: Path, earlier: Path | None) -> None:
+    """Refuse what would fail only after the text has been read."""
+    if not file.is_file():
+        raise UserError(f"{file} is no file", where=str(file), fix="give a text file")
+    if file.stat().st_size == 0:
+        raise UserError("the text is empty", where=str(file), fix="give a file with text")
+    replaced = earlier is not None and out.absolute() == earlier.absolute()
+    if out.exists() and not replaced:
+        raise UserError(
+            f"{out} is there already", where=str(out), fix="give another path, or move it away"
+        )
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise UserError(
+            f"nothing can be written into {out.parent}",
+            where=str(out),
+            fix="make the directory, or change its permissions",
+        )
+
+
+def _begin(
+    model: Any, owner: Owner, file: Path, earlier: Path | None, unfinished: Path
+) -> tuple[Memory, Reading]:
+    """The memory to go on from, and how much of the file is in it already."""
+    before = Memory(new_cache(model))
+    if earlier is not None:
+        before = memory_file.load(earlier, model, owner)
+        if before.reading is not None:
+            raise UserError(
+                "the memory's text has not been read to its end",
+                where=str(earlier),
+                fix="run the command that began it again",
+            )
+    whole = Reading(0, hashlib.sha256().hexdigest(), before.digest)
+    try:
+        saved = memory_file.load(unfinished, model, owner)
+    except UserError:
+        return before, whole
+    done = saved.reading
+    if done is None or done.earlier != before.digest or _sha256(file, done.bytes) != done.sha256:
+        return before, whole
+    print(f"going on at byte {done.bytes:,}, where it was interrupted", file=sys.stderr)
+    return saved, done
+
+
+def _sha256(file: Path, size: int) -> str:
+    """Of a file's first bytes."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        for block in _blocks(handle, size):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(handle: IO[bytes], size: int) -> Iterator[bytes]:
+    while size and (block := handle.read(min(size, BLOCK_BYTES))):
+        size -= len(block)
+        yield block
+
+
+class _Reader:
+    """Feeds a file to a model, block by block."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, piece: int, memory: Memory, reading: Reading
+    ) -> None:
+        self._model, self._piece = model, piece
+        self._cache, self._tokens = memory.cache, memory.tokens
+        self._stream = TokenStream(tokenizer, memory.context, memory.pending)
+        self._waiting: list[int] = []
+        self._earlier, self._bytes = reading.earlier, reading.bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._digest = hashlib.sha256()
+
+    def read(self, file: Path) -> Iterator[None]:
+        """Read to the end; yields between blocks."""
+        progress = _Progress(file.stat().st_size, self._bytes)
+        with open(file, "rb") as handle:
+            for block in _blocks(handle, self._bytes):
+                self._digest.update(block)
+            while block := handle.read(BLOCK_BYTES):
+                self._take(block, file)
+                progress.show(self._bytes, self._tokens)
+                yield
+        self._take(b"", file, final=True)
+        progress.show(self._bytes, self._tokens, last=True)
+
+    def so_far(self) -> Memory:
+        """The memory of all bytes that make whole characters."""
+        self._write(self._waiting)
+        self._waiting = []
+        rest, _ = self._decoder.getstate()
+        # the digest covers whole characters only: what waits in the decoder is read again
+        reading = Reading(self._bytes - len(rest), self._digest.hexdigest(), self._earlier)
+        return Memory(
+            self._cache, self._tokens, self._stream.context, self._stream.pending, reading
+        )
+
+    def finish(self) -> Memory:
+        """The memory of the whole file."""
+        memory = self.so_far()
+        memory.reading = None
+        return memory
+
+    def _take(self, block: bytes, file: Path, *, final: bool = False) -> None:
+        before, _ = self._decoder.getstate()
+        try:
+            text = self._decoder.decode(block, final=final)
+        except UnicodeDecodeError as error:
+            at = self._bytes - len(before) + error.start
+            raise UserError(
+                f"the text is not UTF-8: byte {at:,} is {error.object[error.start]:#04x}",
+                where=str(file),
+                fix="convert it to UTF-8",
+            ) from None
+        self._bytes += len(block)
+        after, _ = self._decoder.getstate()
+        self._digest.update((before + block)[: len(before) + len(block) - len(after)])
+        self._waiting += self._stream.feed(text)
+        position = self._tokens % self._piece
+        whole = (position + len(self._waiting)) // self._piece * self._piece - position
+        if whole > 0:
+            self._write(self._waiting[:whole])
+            self._waiting = self._waiting[whole:]
+
+    def _write(self, ids: list[int]) -> None:
+        import torch
+
+        if not ids:
+            return
+        generate.check_ids(ids, self._model)
+        row = torch.tensor([ids], device=self._model.device)
+        prefill(self._model, row, self._cache, piece=self._piece)
+        self._tokens += len(ids)
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        for number, layer in enumerate(self._cache.layers):
+            for name, tensor in layer.state.items():
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    raise TitansError(
+                        f"layer {number}'s {name} is not finite after {self._tokens:,} tokens",
+                        where="the model's memory",
+                        fix="use another checkpoint; with bfloat16 weights, export float32 ones",
+                    )
+
+
+class _Progress:
+    """A line about what has been read, at most one a second."""
+
+    def __init__(self, size: int, done: int) -> None:
+        self._size, self._first = size, done
+        self._begun = self._shown = time.monotonic()
+        self._tokens: int | None = None
+
+    def show(self, done: int, tokens: int, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if self._tokens is None:
+            self._tokens = tokens
+        if now - self._shown < PROGRESS_SECONDS and not last:
+            return
+        self._shown = now
+        seconds = max(now - self._begun, 1e-9)
+        left = seconds / max(done - self._first, 1) * (self._size - done)
+        print(
+            f"bytes {done:,}/{self._size:,}  {tokens:,} tokens  "
+            f"{(tokens - self._tokens) / seconds:,.0f} tokens/s  {duration(max(left, 0))} left",
+            file=sys.stderr,
+            flush=True,
+        )
