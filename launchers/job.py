@@ -19,6 +19,7 @@ LONGEST_NAME = 48
 OURS = "titans"
 SWEEP = "sweep"
 STAGE_TIME = "1:00:00"
+EVALUATION = "eval-"
 
 
 def training_spec(config: RunConfig, *, directory: Path, config_path: Path) -> JobSpec:
@@ -81,34 +82,72 @@ def stage_spec(
     Raises:
         UserError: the configuration has not what the stage works on.
     """
-    job, asked = config.job, stage_section(stage, config)
     body, variables, arguments = _work(stage, config, directory)
     tasks = config.pipeline.data.tasks if stage == "prepare" and config.pipeline.data else 0
     at_once = config.pipeline.data.at_once if config.pipeline.data else 0
-    elsewhere = bool(asked.partition)  # what belongs to the partition of training stays with it
     return JobSpec(
         name=job_name(config, directory, stage),
         body=body,
         output=_log(directory, "slurm-%A_%a.log" if tasks else "slurm-%j.log"),
         variables={**variables, **_python(config, in_step=True)},
         arguments=arguments,
-        section=f"pipeline.stages.{stage}",
-        cpus_per_task=asked.cpus or 1,
-        gpus_per_node=asked.gpus or 0,
-        gpu_type=job.gpu_type if asked.gpus and not elsewhere else "",
-        memory=asked.memory,
-        time=asked.time or STAGE_TIME,
-        partition=asked.partition or job.partition,
-        account=job.account,
-        qos="" if elsewhere else job.qos,
-        constraint="" if elsewhere else job.constraint,
-        reservation="" if elsewhere else job.reservation,
-        exclude=() if elsewhere else tuple(job.exclude),
         array=(f"0-{tasks - 1}" + (f"%{at_once}" if at_once else "")) if tasks else "",
-        modules=tuple(job.modules),
-        environment=dict(job.environment),
-        launcher=stage_launcher(job, gpu=bool(asked.gpus)),
+        **_beside(stage, config),
     )
+
+
+def evaluation_spec(config: RunConfig, *, directory: Path, config_path: Path, step: int) -> JobSpec:
+    """The job that evaluates a checkpoint while the run trains, with the resources of ``eval``.
+
+    Args:
+        config: the run.
+        directory: of the run.
+        config_path: its configuration, as the nodes see it.
+        step: of the checkpoint.
+    """
+    checkpoint = directory / "checkpoints" / f"step-{step}"
+    return JobSpec(
+        name=job_name(config, directory, evaluation(step)),
+        body="eval-checkpoint",
+        output=_log(directory, "slurm-%j.log"),
+        variables={"CHECKPOINT": str(checkpoint), **_python(config, in_step=True)},
+        arguments=("--config", str(config_path)),
+        dependency="singleton",
+        **_beside("eval", config),
+    )
+
+
+def evaluation(step: int) -> str:
+    """The stage that evaluates the checkpoint of a step."""
+    return f"{EVALUATION}{step}"
+
+
+def is_evaluation(stage: str) -> bool:
+    """Whether a stage evaluates a checkpoint while the run trains."""
+    return re.fullmatch(rf"{EVALUATION}\d+", stage) is not None
+
+
+def _beside(stage: StageName, config: RunConfig) -> dict[str, Any]:
+    """What the job of a stage beside training asks of SLURM, as fields of a JobSpec."""
+    job, asked = config.job, stage_section(stage, config)
+    elsewhere = bool(asked.partition)  # what belongs to the partition of training stays with it
+    return {
+        "section": f"pipeline.stages.{stage}",
+        "cpus_per_task": asked.cpus or 1,
+        "gpus_per_node": asked.gpus or 0,
+        "gpu_type": job.gpu_type if asked.gpus and not elsewhere else "",
+        "memory": asked.memory,
+        "time": asked.time or STAGE_TIME,
+        "partition": asked.partition or job.partition,
+        "account": job.account,
+        "qos": "" if elsewhere else job.qos,
+        "constraint": "" if elsewhere else job.constraint,
+        "reservation": "" if elsewhere else job.reservation,
+        "exclude": () if elsewhere else tuple(job.exclude),
+        "modules": tuple(job.modules),
+        "environment": dict(job.environment),
+        "launcher": stage_launcher(job, gpu=bool(asked.gpus)),
+    }
 
 
 def stage_section(stage: StageName, config: RunConfig) -> StageSection:
@@ -140,7 +179,7 @@ def is_name_of(name: str, directory: Path) -> bool:
     """
     place = _place(directory)
     own, of_sweep = _digest(place), _digest(place.parent)
-    return bool(re.fullmatch(rf"{OURS}-(.*-)?({own}(-[a-z]+)?|{of_sweep}-{SWEEP})", name))
+    return bool(re.fullmatch(rf"{OURS}-(.*-)?({own}(-[a-z]+(-[0-9]+)?)?|{of_sweep}-{SWEEP})", name))
 
 
 def _place(directory: Path) -> Path:

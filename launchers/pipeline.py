@@ -38,6 +38,17 @@ def stages(config: RunConfig, run: Path) -> list[Stage]:
     return chain
 
 
+def evaluation(config: RunConfig, run: Path) -> list[Stage]:
+    """The first evaluation of a checkpoint while the run trains, if it is to have any."""
+    step = config.pipeline.eval.every
+    if not step:
+        return []
+    spec = jobs.evaluation_spec(
+        config, directory=run, config_path=submitted.config_of(run), step=step
+    )
+    return [Stage(jobs.evaluation(step), spec)]
+
+
 def left(config: RunConfig, run: Path, chain: list[Stage]) -> tuple[list[Stage], list[str]]:
     """The stages that are still to do, and sentences about those that are not.
 

@@ -14,8 +14,11 @@ import yaml
 
 from launchers import history, slurm_command, slurm_jobs, submitted, sweep
 from launchers.history import Attempt
+from launchers.job import is_evaluation
 from launchers.slurm_jobs import Job
 from launchers.submitted import Submitted
+from titans_pretrain.checkpoint import evaluations
+from titans_pretrain.checkpoint.evaluations import Evaluation
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.files import last_rows, read_json
 from titans_pretrain.train import heartbeat
@@ -62,6 +65,7 @@ class RunState:
         jobs: those jobs that SLURM knows, by id; None where it does not answer.
         outcome: of the newest start, if it ended in good order.
         error: of the newest start, if it failed.
+        evaluations: of its checkpoints, by step.
         now: unix time of the look.
     """
 
@@ -77,12 +81,20 @@ class RunState:
     jobs: Mapping[str, Job] | None
     outcome: Mapping[str, Any] | None
     error: Mapping[str, Any] | None
+    evaluations: Sequence[Evaluation]
     now: float
 
     @property
     def living(self) -> list[Job]:
-        """Jobs of any stage that are queued or running."""
-        return [job for job in (self.jobs or {}).values() if not job.finished]
+        """Jobs of any stage that are queued or running; evaluations while it trains are apart."""
+        apart = {job.id for job in self.evaluating}
+        return [j for j in (self.jobs or {}).values() if not j.finished and j.id not in apart]
+
+    @property
+    def evaluating(self) -> list[Job]:
+        """Jobs, queued or running, that evaluate a checkpoint; they do not touch the run."""
+        ids = {row.job for row in self.submitted if is_evaluation(row.stage)}
+        return [j for j in (self.jobs or {}).values() if not j.finished and j.id in ids]
 
     @property
     def training(self) -> list[Job]:
@@ -257,6 +269,7 @@ def _state(
         jobs=jobs,
         outcome=_of_start(directory.outcome, start),
         error=_of_start(directory.error, start),
+        evaluations=evaluations.read(path),
         now=time.time(),
     )
 

@@ -10,6 +10,7 @@ from launchers.checks import existing
 from titans_pretrain.config import RunConfig
 from titans_pretrain.config_job import PrepareSection
 from titans_pretrain.errors import UserError
+from titans_pretrain.evaluate import of_checkpoint
 from titans_pretrain.files import read_json
 
 HELD_OUT = "--held-out"
@@ -39,6 +40,29 @@ def of_stages(config: RunConfig, run: Path, stages: Container[str]) -> None:
             where="data.validation_fraction",
             fix=f"give it, or prepare the data with {HELD_OUT}=SHARE (pipeline.data.options), or "
             "submit without --pipeline and export by hand",
+        )
+
+
+def of_evaluations(config: RunConfig, stages: Container[str]) -> None:
+    """Refuse what every evaluation of a checkpoint would fail on while the run trains.
+
+    Args:
+        config: the run.
+        stages: that are left to do.
+
+    Raises:
+        UserError: an unknown task, or nothing held out to evaluate.
+    """
+    if not config.pipeline.eval.every:
+        return
+    of_checkpoint.check(config)
+    scored = config.data.manifest is not None
+    if scored and config.data.validation_fraction == 0 and not _held_out(config, stages):
+        raise UserError(
+            "data.validation_fraction: 0 leaves nothing to evaluate checkpoints on, and the data "
+            "holds no documents out",
+            where="data.validation_fraction",
+            fix=f"give it, or prepare the data with {HELD_OUT}=SHARE, or set pipeline.eval.every=0",
         )
 
 

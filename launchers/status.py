@@ -77,6 +77,10 @@ def facts(state: RunState) -> dict[str, Any]:
         "restarts": state.restarts,
         "lost_steps": state.lost_steps,
         "error": state.error and {key: state.error.get(key) for key in _ERROR_KEYS},
+        "evaluations": [
+            {"step": one.step, "metrics": dict(one.metrics), "failure": one.failure or None}
+            for one in state.evaluations
+        ],
         "verdict": _newest(state, "verdict"),
         "reason": _newest(state, "reason"),
     }
@@ -110,6 +114,7 @@ def detail(state: RunState) -> str:
     if stages := [list(stage) for stage in _stages(state)]:
         lines += ["", *table([["stage", "job", "state"], *stages])]
     lines += ["", *(_attempt(attempt) for attempt in state.attempts)] if state.attempts else []
+    lines += ["", *_evaluations(state)] if state.evaluations else []
     lines += [state.unreadable] if state.unreadable else []
     if state.error:
         told = [f"{key}: {state.error[key]}" for key in _ERROR_KEYS if state.error.get(key)]
@@ -153,6 +158,20 @@ def _state_of(job: str, jobs: Mapping[str, Job]) -> str:
 
 def _attempt(attempt: Any) -> str:
     return f"{attempt.line()}; nodes {', '.join(attempt.nodes) or 'not told'}"
+
+
+def _evaluations(state: RunState) -> list[str]:
+    """The newest evaluation's metrics, and the steps that have none for good."""
+    done = [one for one in state.evaluations if one.metrics][-1:]
+    lines = [f"evaluation of step {one.step}:" for one in done]
+    lines += table(
+        [[f"  {name}", f"{value:.4f}"] for one in done for name, value in one.metrics.items()]
+    )
+    return lines + [
+        f"evaluation of step {one.step} failed: {one.failure}"
+        for one in state.evaluations
+        if one.failure
+    ]
 
 
 def _newest(state: RunState, name: str) -> str | None:

@@ -33,6 +33,8 @@ def stop(run: Path, *, now: bool = False, wait: bool = False) -> int:
     state = _look(run)
     if state.jobs is None and state.submitted:
         print("SLURM's commands are not here: jobs that wait are not cancelled")
+    for job in state.evaluating:
+        print(f"job {job.id} evaluates a checkpoint and goes on; scancel {job.id} ends it")
     if not state.living and state.is_over:
         _forget(state)
         print(f"nobody runs {run}: {_where_it_stands(state)}")

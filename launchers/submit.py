@@ -107,8 +107,9 @@ def check(config: RunConfig, run: Path, stages: Sequence[Stage]) -> None:
     if names.isdisjoint(pipeline.DATA):
         checks.of_data(config)
     stage_checks.of_stages(config, run, names)
+    stage_checks.of_evaluations(config, names)
     checks.of_host(config.job)
-    waits = ask(stages)
+    waits = ask([*stages, *pipeline.evaluation(config, run)] if "train" in names else stages)
     for sentence in (*waits, *checks.warnings(config, run)):
         print(f"warning: {sentence}", file=sys.stderr)
 
@@ -199,7 +200,7 @@ def refuse_living(
     """
     names = {stage.spec.name: stage.name for stage in stages}
     rows = {row.job: row.stage for row in submitted.read(run)}
-    living = submitted.living(run, list(names))
+    living = submitted.running_on(run, list(names))
     if not living:
         return []
     kinds = {names.get(job.name) or rows.get(job.id) or rows.get(job.array) for job in living}
@@ -255,7 +256,7 @@ def _to_do(
 def forget_stop(run: Path) -> None:
     """Remove the request to stop that an earlier job has left; that of a living one stays."""
     stop = run / "stop"
-    if stop.exists() and not submitted.living(run):
+    if stop.exists() and not submitted.running_on(run):
         stop.unlink()
         print(f"{stop} is removed: it would stop the run again")
 

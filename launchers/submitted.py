@@ -25,7 +25,7 @@ class Submitted:
 
     Attributes:
         time: of the submission, with its zone.
-        stage: ``train``, ``prepare``, …
+        stage: ``train``, ``prepare``, …, or ``eval-N``, which evaluates the checkpoint of step N.
         job: SLURM's id.
         depends: ids of the jobs it waits for.
         script: the file that was submitted.
@@ -123,6 +123,18 @@ def living(
         if not job.finished
         and (job.name in names or (known & {job.id, job.array} and is_own(run, job)))
     ]
+
+
+def running_on(
+    run: Path, names: Sequence[str] = (), *, among: Sequence[slurm_utils.Job] | None = None
+) -> list[slurm_utils.Job]:
+    """Those of ``living`` that change the run: an evaluation of a checkpoint does not.
+
+    Raises:
+        SlurmError: SLURM does not answer.
+    """
+    evaluating = {row.job for row in read(run) if jobs.is_evaluation(row.stage)}
+    return [job for job in living(run, names, among=among) if job.id not in evaluating]
 
 
 def is_own(run: Path, job: slurm_utils.Job) -> bool:

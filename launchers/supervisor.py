@@ -28,6 +28,7 @@ from launchers import (
 )
 from launchers import job as jobs
 from launchers.asked import AskedToStop
+from launchers.evaluation_jobs import EvaluationJobs
 from launchers.history import Attempt
 from launchers.job_end import JobEnd
 from launchers.job_log import say
@@ -81,7 +82,11 @@ class Supervisor:
                 kind = self._who_asked()
                 return Outcome("stopped", "asked to stop before the first step", kind)
             step_number.set_apart(self.allocation.job, self.allocation.restarts)
-            return self._judge(self._train())
+            with EvaluationJobs(
+                self.config, self.config_path, self.directory.path, self._is_newest
+            ):
+                ended = self._train()
+            return self._judge(ended)
         except TitansError as error:
             print(error, file=sys.stderr, flush=True)
             refused = error.exit_code == errors.USER_ERROR
@@ -335,6 +340,9 @@ class Supervisor:
             return self.current() is not None
         except SlurmError:
             return resubmit.is_newest(self.directory.path, self.attempt.number)
+
+    def _is_newest(self) -> bool:
+        return resubmit.is_newest(self.directory.path, self.attempt.number)
 
     def _who_asked(self) -> Asked:
         limit, seconds = self.job_end.limit(), self.config.job.signal_seconds

@@ -243,7 +243,7 @@ def _to_do(
         if pipeline.finished(config, run) is not None:
             print(f"{one.directory}: finished already")
         elif living := [
-            *submitted.living(run, names, among=mine),
+            *submitted.running_on(run, names, among=mine),
             *(job for job in arrays if _element(job) == index),
         ]:
             told = ", ".join(dict.fromkeys(job.id for job in living))

@@ -152,6 +152,27 @@ def test_prepared_data_needs_a_directory():
         resolved(data=data, pipeline={"data": PREPARE})
 
 
+@pytest.mark.parametrize(
+    ("every", "saved", "fix"),
+    [(8, 0, "set checkpoint.every to 8"), (8, 3, "use 6 or 9"), (2, 3, "use 3")],
+)
+def test_only_checkpoints_can_be_evaluated(every, saved, fix):
+    with pytest.raises(UserError, match=rf"pipeline\.eval: every {every}") as caught:
+        resolved(pipeline={"eval": {"every": every}}, checkpoint={"every": saved})
+    assert fix in caught.value.fix
+
+
+def test_evaluations_need_something_to_score():
+    data = {"mixture": [{"manifest": "a", "weight": 1.0}], "sequence_length": 64}
+    changes = {"data": data, "checkpoint": {"every": 4}}
+    with pytest.raises(UserError, match="nothing to evaluate on"):
+        resolved(pipeline={"eval": {"every": 8}}, **changes)
+    asked = resolved(pipeline={"eval": {"every": 8, "tasks": ["piqa"]}}, **changes).pipeline.eval
+    assert (asked.every, asked.tasks) == (8, ["piqa"])
+    with pytest.raises(UserError, match="options '--samples=4' says nothing without tasks"):
+        resolved(pipeline={"eval": {"options": ["--samples=4"]}})
+
+
 def test_every_key_of_a_job_is_documented():
     for group in vars(config_job).values():
         if isinstance(group, type) and issubclass(group, config_job.Section):

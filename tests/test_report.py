@@ -4,6 +4,7 @@ import math
 import pytest
 
 from titans_pretrain import report
+from titans_pretrain.checkpoint import evaluations
 from titans_pretrain.errors import UserError
 
 
@@ -33,6 +34,29 @@ def test_a_run_is_drawn_and_tabled(make_run, tmp_path, capsys):
     header, row = capsys.readouterr().out.splitlines()[:2]
     assert header.split() == list(report.COLUMNS)
     assert row.split() == ["first", "30", "3,000", "5.9000", "3.0000", "5.2500", "6.4321", "66"]
+
+
+def test_evaluations_are_joined_by_step(make_run, capsys, monkeypatch):
+    run = make_run("evaluated")
+    told = {"settings": {}, "results": {}}
+    for step in range(3, 31, 3):
+        scores = {"piqa/accuracy": 0.5} if step >= 27 else {}
+        metrics = {"heldout/loss": 6 - step / 10} | scores
+        evaluations.write(run, step, "a", metrics=metrics, **told)
+    evaluations.fail(run, 29, "a", "no data")
+    drawn = []
+    draw = report._draw_run
+    monkeypatch.setattr(
+        report, "_draw_run", lambda axes, *more: drawn.append((axes, draw(axes, *more)))
+    )
+    report.report([run])
+    *_, blank, header, losses, accuracies, _ = capsys.readouterr().out.splitlines()
+    assert blank == ""
+    assert header.split() == ["evaluated:", "step", *map(str, range(9, 31, 3))]
+    assert losses.split() == ["heldout/loss", *(f"{6 - step / 10:.4f}" for step in range(9, 31, 3))]
+    assert accuracies.split() == ["piqa/accuracy", *["-"] * 6, "0.5000", "0.5000"]
+    labels = [text.get_text() for text in drawn[0][0].get_legend().get_texts()]
+    assert "evaluated evaluation (3.000)" in labels
 
 
 def test_several_runs_share_a_picture(make_run, tmp_path, capsys):

@@ -170,12 +170,20 @@ class ExportSection(Section):
 
 
 class EvalSection(Section):
-    """The evaluation of the exported model."""
+    """The evaluation of the exported model, and of checkpoints while the run trains."""
 
     sequences: int = Field(default=1024, ge=0)
     """Held-out sequences to score, at most; 0 takes all."""
     output: Line = ""
-    """Where; empty: eval in the run's directory."""
+    """Where, after training; empty: eval in the run's directory."""
+    every: int = Field(default=0, ge=0)
+    """Steps between checkpoints that are evaluated while the run trains; 0 none."""
+    at_once: int = Field(default=4, ge=1)
+    """Such checkpoints, at most, that are kept until their jobs are done."""
+    tasks: list[Name] = []
+    """Tasks they are scored on besides held-out data, as ``titans eval --tasks`` takes them."""
+    options: list[Option] = []
+    """Options of ``titans eval`` for these tasks, each --name or --name=value."""
 
 
 class StageSection(Section):

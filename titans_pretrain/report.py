@@ -1,4 +1,4 @@
-"""``titans report``: loss curves and a table from runs' ``metrics.jsonl``."""
+"""``titans report``: loss curves and tables from runs' ``metrics.jsonl`` and evaluations."""
 
 import json
 import math
@@ -12,12 +12,16 @@ from typing import Any
 import yaml
 
 from data_prep.output import writing
+from titans_pretrain.checkpoint import evaluations
+from titans_pretrain.checkpoint.evaluations import Evaluation
 from titans_pretrain.errors import UserError
 
 METRICS = "metrics.jsonl"
 SMOOTHED_ABOVE = 200
 SMOOTHED_POINTS = 2000
 NUMBERS = ("step", "loss", "validation_loss", "tokens", "tokens_per_second")
+HELD_OUT = "heldout/loss"
+EVALUATIONS_SHOWN = 8
 COLUMNS = ("run", "steps", "tokens", "first", "last", "validation", "unigram", "tokens/s")
 
 
@@ -32,6 +36,7 @@ class Run:
         tokens: consumed so far.
         speed: median tokens per second, NaN where none is logged.
         unigram_entropy: of the corpus, nats per token, or None where it is not known.
+        evaluations: of its checkpoints, by step.
     """
 
     name: str
@@ -40,6 +45,25 @@ class Run:
     tokens: int
     speed: float
     unigram_entropy: float | None
+    evaluations: list[Evaluation]
+
+    @property
+    def held_out(self) -> list[tuple[int, float]]:
+        """(step, loss) of every checkpoint whose evaluation scored held-out data."""
+        done = self.evaluations
+        return [(one.step, one.metrics[HELD_OUT]) for one in done if HELD_OUT in one.metrics]
+
+    def evaluation_table(self) -> list[list[str]]:
+        """A row for each metric, a column for each of the newest evaluations; empty for none."""
+        shown = self.evaluations[-EVALUATIONS_SHOWN:]
+        names = list(dict.fromkeys(name for one in shown for name in one.metrics))
+        if not names:
+            return []
+        cells = [
+            [name, *(f"{one.metrics[name]:.4f}" if name in one.metrics else "-" for one in shown)]
+            for name in names
+        ]
+        return [[f"{self.name}: step", *(f"{one.step:,}" for one in shown)], *cells]
 
     def row(self) -> list[str]:
         """The table's cells."""
@@ -75,6 +99,9 @@ def report(directories: Sequence[Path], output: Path | None = None) -> Path:
     output = output or directories[0] / "loss.png"
     _draw(runs, output)
     print(_table([list(COLUMNS), *(run.row() for run in runs)]))
+    for run in runs:
+        if table := run.evaluation_table():
+            print(f"\n{_table(table)}")
     print(f"loss curve: {output}")
     return output
 
@@ -99,6 +126,7 @@ def read_run(directory: Path) -> Run:
         tokens=train[-1].get("tokens", 0),
         speed=speeds[len(speeds) // 2] if speeds else math.nan,
         unigram_entropy=_unigram_entropy(directory),
+        evaluations=[one for one in evaluations.read(directory) if one.metrics],
     )
 
 
@@ -234,6 +262,11 @@ def _draw_run(axes: Any, run: Run, color: Any) -> None:
         style = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.4}
         label = f"{run.name} validation ({held_out[-1]:.3f})"
         axes.plot(where, held_out, color=color, linestyle=":", label=label, zorder=3, **style)
+    if run.held_out:
+        where, held_out = zip(*run.held_out, strict=True)
+        label = f"{run.name} evaluation ({held_out[-1]:.3f})"
+        style = {"marker": "s", "markersize": 5, "linestyle": "none"}
+        axes.plot(where, held_out, color=color, label=label, zorder=4, **style)
 
 
 def _smooth(losses: Sequence[float]) -> tuple[Sequence[int], list[float]]:

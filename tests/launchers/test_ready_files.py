@@ -17,6 +17,7 @@ VARIABLES = {
     "prepare": {"OUTPUT": "shards"},
     "export": {"CHECKPOINT": "run", "OUT": "model"},
     "eval": {"MODEL": "model", "OUT": "eval", "DATA": "manifest.json"},
+    "eval-checkpoint": {"CHECKPOINT": "run/checkpoints/step-8"},
 }
 COMMANDS = {
     "pretrain": ["attempt", "run.yaml"],
@@ -24,6 +25,7 @@ COMMANDS = {
     "prepare": ["data", "prepare", "--output", "shards"],
     "export": ["export", "run", "model"],
     "eval": ["eval", "model", "eval", "--data", "manifest.json"],
+    "eval-checkpoint": ["eval-checkpoint", "run/checkpoints/step-8"],
 }
 NAMED = pytest.mark.parametrize("name", sorted(VARIABLES))
 
@@ -173,6 +175,7 @@ def generated() -> dict[str, str]:
     specs = {"train": job.training_spec(whole, directory=place, config_path=frozen)}
     for name in ("plan", "prepare", "merge", "export", "eval"):
         specs[name] = job.stage_spec(name, whole, directory=place, config_path=frozen)
+    specs["eval-8"] = job.evaluation_spec(whole, directory=place, config_path=frozen, step=8)
     specs["sweep"] = job.sweep_spec(whole, directory=place, sweep_path=frozen, members=[0, 1])
     return {name: job.text(spec) for name, spec in specs.items()}
 

@@ -10,6 +10,7 @@ from run_files import RunFiles, ToldSlurm, job, write
 
 from launchers import run_state, slurm_command, status
 from titans_pretrain import cli
+from titans_pretrain.checkpoint import evaluations
 from titans_pretrain.errors import UserError
 
 
@@ -260,6 +261,28 @@ def test_a_run_alone_is_told_with_its_attempts_and_stages(run, slurm, capsys):
         "  what: out of GPU memory",
     ):
         assert line in out.splitlines()
+
+
+def test_the_newest_evaluation_is_told_and_each_that_failed(run, slurm, capsys):
+    told = {"settings": {}, "results": {}}
+    for step, loss in ((4, 3.5), (8, 3.25)):
+        evaluations.write(run.path, step, "a", metrics={"heldout/loss": loss}, **told)
+    evaluations.fail(run.path, 12, "a", "no data")
+    run.job("7", "eval-16")
+    slurm.jobs = [job("7", "PENDING")]
+    assert cli.main(["status", str(run.path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("evaluation of step 8:")
+    assert lines[at + 1] == "  heldout/loss  3.2500"
+    assert lines[at + 2] == "evaluation of step 12 failed: no data"
+    assert "eval-16  7    PENDING" in lines
+    assert state_of(run).word == "not started"  # an evaluation is no sign of training
+    assert cli.main(["status", "--json", str(run.path)]) == 0
+    assert json.loads(capsys.readouterr().out)["evaluations"] == [
+        {"step": 4, "metrics": {"heldout/loss": 3.5}, "failure": None},
+        {"step": 8, "metrics": {"heldout/loss": 3.25}, "failure": None},
+        {"step": 12, "metrics": {}, "failure": "no data"},
+    ]
 
 
 def test_json_is_one_object_a_run(run, slurm, capsys):

@@ -48,6 +48,17 @@ def test_a_running_job_is_asked_and_what_waits_is_cancelled_last_stage_first(cha
     assert f"to go on with it: titans submit {chain.path}/config.yaml --resume" in out
 
 
+def test_evaluations_of_checkpoints_go_on_and_are_not_waited_for(chain, slurm, capsys):
+    chain.job("10", "eval-50")
+    slurm.jobs = [job("10", "RUNNING")]
+    chain.outcome("b", "stopped")
+    assert stop.stop(chain.path, now=True, wait=True) == 0
+    assert slurm.cancelled == []
+    out = capsys.readouterr().out
+    assert "job 10 evaluates a checkpoint and goes on; scancel 10 ends it" in out
+    assert f"nobody runs {chain.path}" in out
+
+
 def test_a_job_that_waits_is_cancelled_and_no_trigger_is_left(run, slurm):
     run.job("7")
     slurm.jobs = [job("7", "PENDING")]

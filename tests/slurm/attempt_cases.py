@@ -16,7 +16,7 @@ ROOT = HERE.parent.parent
 class StubRun:
     """One run: its configuration, its job file and its files."""
 
-    def __init__(self, path, *, plays=(), steps=20, every=5, time="5", **job):
+    def __init__(self, path, *, plays=(), steps=20, every=5, time="5", pipeline=None, **job):
         self.path = path
         jobs = path / "jobs"
         jobs.mkdir(parents=True)
@@ -34,6 +34,7 @@ class StubRun:
             "checkpoint": {"every": every},
             "run": {"directory": str(path)},
             "job": self.job,
+            "pipeline": pipeline or {},
         }
         self.config.write_text(yaml.safe_dump(tree))
         self.script = jobs / "train.sbatch"

@@ -18,6 +18,11 @@ from titans_pretrain.files import read_json, write_json
 from titans_pretrain.train import heartbeat
 from titans_pretrain.train.directory import RunDirectory
 
+if "eval-checkpoint" in sys.argv:
+    from stub_evaluation import evaluate
+
+    sys.exit(evaluate(Path(sys.argv[sys.argv.index("eval-checkpoint") + 1])))
+
 ATTEMPT = int(os.environ["TITANS_ATTEMPT"])
 RANK, RANKS = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
 HOST = socket.gethostname()
@@ -62,6 +67,12 @@ class Rank:
         if name == "deaf":
             self.go_on(6, heed=False)
             self.only_beat()
+        if name == "crash once evaluated":
+            self.go_on(7)
+            while not (self.run.path / "evaluations" / "step-5.json").exists():
+                self.beat()
+                time.sleep(0.1)
+            return self.fail(1, "RuntimeError: made up")
         self.go_on(2 if name != "train" else 10**9, slowly=name == "slow")
         if name == "hang":
             return self.fail(75, f"step {self.step} hangs: rank {RANKS - 1} is silent")

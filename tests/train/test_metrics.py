@@ -195,6 +195,19 @@ def test_without_a_key_wandb_is_offline_under_one_run_id(tmp_path, wandb_environ
     assert told == []
 
 
+def test_evaluations_have_an_axis_of_their_own(tmp_path, wandb_environment):
+    tree = run(tmp_path, "titans").model_dump()
+    tree["checkpoint"]["every"] = tree["pipeline"]["eval"]["every"] = 4
+    told = []
+    log = metrics.WandbLog(config.resolve(tree, source="test"), tmp_path, told.append)
+    log.write({"step": 8, "loss": 1.0, "evaluation/step": 4, "evaluation/heldout/loss": 2.0})
+    log.write({"evaluation/step": 8, "evaluation/heldout/loss": 1.5})  # after the last step
+    log.close()
+    assert told == []
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"evaluation/*" in path.read_bytes()
+
+
 def test_an_unreachable_wandb_is_told_once_without_the_key_and_changes_nothing(
     tmp_path, wandb_environment
 ):

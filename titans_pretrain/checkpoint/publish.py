@@ -95,6 +95,7 @@ def publish(
     *,
     keep: int,
     keep_every: int,
+    spared: retention.Spared = retention.spare_none,
     fence: Callable[[], None] = lambda: None,
 ) -> None:
     """Complete the temporary directory, give it its name, move ``latest``, delete what is old.
@@ -106,6 +107,7 @@ def publish(
         plain: the other files.
         keep: how many of the newest checkpoints stay.
         keep_every: multiples of it stay for good; 0 none.
+        spared: of the checkpoints' steps, those that stay for now.
         fence: raises where this start may write no more; asked before each visible change.
 
     Raises:
@@ -136,7 +138,7 @@ def publish(
         handle.write(f"{place.path.name}\n")
     shutil.rmtree(place.aside, ignore_errors=True)
     fence()
-    retention.prune(place.root, place.step, keep, keep_every)
+    retention.prune(place.root, place.step, keep, keep_every, spared=spared)
 
 
 def check_files(

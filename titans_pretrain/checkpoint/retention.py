@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import shutil
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from titans_pretrain.checkpoint import format as layout
@@ -14,6 +15,7 @@ from titans_pretrain.files import TEMPORARY_SUFFIX
 DYING = f".removed{TEMPORARY_SUFFIX}"
 REPLACED = f".replaced{TEMPORARY_SUFFIX}"
 log = logging.getLogger(__name__)
+Spared = Callable[[Sequence[int]], Collection[int]]
 
 
 def remove_leftovers(root: Path) -> list[str]:
@@ -35,7 +37,14 @@ def remove_leftovers(root: Path) -> list[str]:
     return [path.name for path in leftovers]
 
 
-def prune(root: Path, step: int, keep: int, keep_every: int = 0) -> list[int]:
+def spare_none(steps: Sequence[int]) -> Collection[int]:
+    """No checkpoint is wanted beside the newest."""
+    return ()
+
+
+def prune(
+    root: Path, step: int, keep: int, keep_every: int = 0, *, spared: Spared = spare_none
+) -> list[int]:
     """Delete checkpoints older than the newest ``keep`` whole ones up to ``step``.
 
     Checkpoints that lack files, are cut or cannot be read do not count as kept. One that cannot be
@@ -47,6 +56,7 @@ def prune(root: Path, step: int, keep: int, keep_every: int = 0) -> list[int]:
         step: the checkpoint just written; it stays, and so do newer ones.
         keep: how many stay, at least 1.
         keep_every: those whose step is a multiple of it stay for good; 0 none.
+        spared: of the steps of the checkpoints, those that stay for now.
 
     Returns:
         The steps deleted.
@@ -54,11 +64,13 @@ def prune(root: Path, step: int, keep: int, keep_every: int = 0) -> list[int]:
     earlier = {n: root / layout.step_name(n) for n in layout.steps(root) if n <= step}
     whole = (number for number, path in reversed(earlier.items()) if _problems(path) == [])
     oldest_kept = min([step, *itertools.islice(whole, keep)])
+    wanted = spared(list(earlier))
     return [
         number
         for number, path in earlier.items()
         if number < oldest_kept
         and not (keep_every and number % keep_every == 0)
+        and number not in wanted
         and _problems(path) is not None
         and _delete(path)
     ]

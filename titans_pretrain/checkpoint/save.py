@@ -88,6 +88,7 @@ class AsyncSaver:
             remains of interrupted saves are removed from it, and named, at once.
         keep: how many of the newest checkpoints stay, at least 1.
         keep_every: checkpoints whose step is a multiple of it stay for good; 0 none.
+        spared: of the steps of the checkpoints, those that stay for now; asked on rank 0.
         owner: the start's name. With it a checkpoint that this saver did not make gives way to its
             own of the same step: a writer of an earlier start may have been late.
         fence: raises where another start has taken the run over; asked on rank 0.
@@ -105,13 +106,14 @@ class AsyncSaver:
         *,
         keep: int,
         keep_every: int = 0,
+        spared: retention.Spared = retention.spare_none,
         owner: str = "",
         fence: Callable[[], None] = lambda: None,
     ) -> None:
         if keep < 1 or keep_every < 0:
             raise ValueError(f"keep {keep} must be at least 1, keep_every {keep_every} at least 0")
         self._root, self._keep, self._keep_every = root, keep, keep_every
-        self._owner, self._fence = owner, fence
+        self._spared, self._owner, self._fence = spared, owner, fence
         self.last: Saved | None = None
         self._began = self._seconds = 0.0
         self._bytes = 0
@@ -244,6 +246,7 @@ class AsyncSaver:
             self._plain,
             keep=self._keep,
             keep_every=self._keep_every,
+            spared=self._spared,
             fence=self._fence,
         )
 

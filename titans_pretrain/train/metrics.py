@@ -12,6 +12,7 @@ from typing import Any
 
 from titans_pretrain.config import RunConfig
 from titans_pretrain.files import atomic_file
+from titans_pretrain.train.evaluation_feed import PREFIX, STEP
 
 WANDB_SECONDS = 20
 PROGRESS_SECONDS = 1.0
@@ -127,10 +128,10 @@ class WandbLog:
             self._try("start", lambda: self._start(config, directory))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Log one row at its step."""
+        """Log one row at its step; one without a step after all others."""
         if self._run is not None:
             values = {name: value for name, value in row.items() if name != "step"}
-            self._try("log", lambda: self._run.log(values, step=row["step"]))
+            self._try("log", lambda: self._run.log(values, step=row.get("step")))
 
     def close(self) -> None:
         """Finish the run, for at most WANDB_SECONDS."""
@@ -155,6 +156,8 @@ class WandbLog:
                 init_timeout=WANDB_SECONDS, silent=True, console="off", disable_git=True
             ),
         )
+        if config.pipeline.eval.every:  # they come later than the step they are of
+            self._run.define_metric(f"{PREFIX}/*", step_metric=STEP)
 
     def _finish(self) -> None:
         finishing = threading.Thread(target=self._run.finish, daemon=True)

@@ -1,11 +1,13 @@
-"""Rows of a run to all its listeners."""
+"""Rows of a run to all its listeners; evaluations, which jobs of their own make, to wandb."""
 
 from collections.abc import Callable
 from typing import Any
 
+from titans_pretrain.checkpoint import evaluations
 from titans_pretrain.config import RunConfig
 from titans_pretrain.parallel import devices
 from titans_pretrain.train.directory import RunDirectory
+from titans_pretrain.train.evaluation_feed import EvaluationFeed
 from titans_pretrain.train.lease import Lease
 from titans_pretrain.train.metrics import MetricsLog, Progress, WandbLog
 
@@ -39,14 +41,19 @@ class Records:
             lease.check()
             self._metrics = MetricsLog(directory.metrics, step=step)
             lease.check()  # from here on another start puts a new file in the place of this one
+            evaluations.undo(directory.path, step or 0)
+            lease.check()
             self._wandb = WandbLog(config, directory.path, tell)
+            self._feed = EvaluationFeed(directory.path)
+            self._directory, self._steps, self._last = directory, config.train.steps, 0
             self._progress = Progress(config.train.steps, tell)
 
     def step(self, row: dict[str, Any]) -> None:
         """A training step's row."""
         if self._active:
             self._metrics.write(row)
-            self._wandb.write(row)
+            self._wandb.write(row | self._feed.next())
+            self._last = row["step"]
             if "skipped" in row:
                 self._tell(f"step {row['step']}  skipped: {row['skipped']}; {row['where']}")
             else:
@@ -71,6 +78,7 @@ class Records:
         if self._active:
             self._lease.check()
             self._metrics.undo(event["step"], event)
+            evaluations.undo(self._directory.path, event["step"])
             self._lease.check()
             self._tell(
                 f"step {event['from_step']}  {event['reason']}; {event['where']}; going on from "
@@ -81,8 +89,13 @@ class Records:
         """Before a checkpoint: what was told so far survives a power cut."""
         if self._active:
             self._metrics.sync()
+            self._feed.look()
 
     def close(self) -> None:
         """Nothing comes any more."""
         if self._active:
+            if self._last >= self._steps:  # else the next start has rows to put them in
+                self._feed.look()
+                while values := self._feed.next():
+                    self._wandb.write(values)
             self._wandb.close()

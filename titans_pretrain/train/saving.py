@@ -6,10 +6,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+from titans_pretrain.checkpoint import evaluations, retention
 from titans_pretrain.checkpoint.save import AsyncSaver, Saved
-from titans_pretrain.config import CheckpointSection
+from titans_pretrain.config import CheckpointSection, RunConfig
 from titans_pretrain.files import write_json
 from titans_pretrain.parallel import devices
 from titans_pretrain.parallel.shards import FlatShard
@@ -20,6 +22,14 @@ from titans_pretrain.train.lease import Lease
 RECENT = 8
 
 
+def awaited(config: RunConfig, directory: RunDirectory, lease: Lease) -> retention.Spared:
+    """Which checkpoints stay until they are evaluated: none where no attempt has that done."""
+    asked = config.pipeline.eval
+    if not asked.every or not lease.attempt:
+        return retention.spare_none
+    return partial(evaluations.awaited, directory.path, asked.every, asked.at_once)
+
+
 class Saves:
     """An ``AsyncSaver`` of a start that knows what it saved and how long that took.
 
@@ -28,6 +38,7 @@ class Saves:
         directory: the run's.
         lease: of this start.
         told: on rank 0, is given the step of each save of this start that has become whole.
+        spared: of the steps of the checkpoints, those that stay for now.
 
     Attributes:
         begun: the step of the last state whose save was begun or that was loaded; None before.
@@ -40,12 +51,14 @@ class Saves:
         directory: RunDirectory,
         lease: Lease,
         told: Callable[[int], None] = lambda step: None,
+        spared: retention.Spared = retention.spare_none,
     ) -> None:
         self._directory, self._lease, self._told = directory, lease, told
         self._saver = AsyncSaver(
             directory.checkpoints,
             keep=config.keep,
             keep_every=config.keep_every,
+            spared=spared,
             owner=lease.start,
             fence=lease.check,
         )

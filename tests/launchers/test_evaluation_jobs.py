@@ -1,0 +1,250 @@
+"""Evaluations of checkpoints while a run trains: when a job is submitted, again, or no more."""
+
+import json
+from pathlib import Path
+
+import pytest
+from attempt_parts import checkpoint, made
+from submit_cases import job_of, rows
+
+from launchers import evaluation_jobs, job, stage_checks, submitted
+from launchers.evaluation_jobs import EvaluationJobs
+from launchers.slurm_command import SlurmUnanswered
+from titans_pretrain import config as run_config
+from titans_pretrain.checkpoint import evaluations
+from titans_pretrain.errors import TitansError, UserError
+
+
+@pytest.fixture
+def config(run):
+    plain = made(run.path)
+    asked = {"eval": plain.pipeline.eval.model_copy(update={"every": 4, "at_once": 2})}
+    return plain.model_copy(update={"pipeline": plain.pipeline.model_copy(update=asked)})
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that look over; each test moves them."""
+    time = type("Clock", (), {"now": 1000.0})()
+    monkeypatch.setattr(evaluation_jobs.time, "monotonic", lambda: time.now)
+    return time
+
+
+@pytest.fixture
+def watch(config, run, slurm, clock):
+    watcher = EvaluationJobs(config, run.path / "jobs" / "config.yaml", run.path, lambda: True)
+
+    def look():
+        clock.now += 61
+        watcher.look()
+
+    return look
+
+
+def finish(run, step):
+    identity = evaluations.identity(run.checkpoints / f"step-{step}")
+    told = {"metrics": {"heldout/loss": 2.0}, "settings": {}, "results": {}}
+    evaluations.write(run.path, step, identity, **told)
+
+
+def stages(slurm):
+    return [stage for stage, _ in slurm.submitted]
+
+
+def test_each_due_checkpoint_gets_one_job(run, slurm, watch):
+    watch()
+    assert stages(slurm) == []
+    for step in (2, 4):
+        checkpoint(run, step)
+    for _ in range(3):
+        watch()
+    assert stages(slurm) == ["eval-4"]
+    assert evaluations.jobs(run.path, 4) == ["11"]
+    (row,) = rows(run.path)
+    assert (row["stage"], row["job"]) == ("eval-4", "11")
+
+
+def test_the_job_evaluates_that_checkpoint_with_the_runs_configuration(config, run, watch):
+    checkpoint(run, 4)
+    watch()
+    text = (run.jobs / "eval-4.sbatch").read_text()
+    assert f"export CHECKPOINT={run.checkpoints}/step-4\n" in text
+    assert f"set -- --config {run.jobs}/config.yaml\n" in text
+    assert "#SBATCH --dependency=singleton\n" in text
+    name = job.job_name(config, run.path, "eval-4")
+    assert f"#SBATCH --job-name={name}\n" in text
+    assert job.is_name_of(name, run.path)
+    assert not job.is_name_of(name, run.path / "other")
+
+
+def test_no_more_wait_at_once_than_are_kept(run, slurm, watch):
+    for step in (4, 8, 12, 16):
+        checkpoint(run, step)
+    watch()
+    assert stages(slurm) == ["eval-4", "eval-8"]
+    finish(run, 4)
+    watch()
+    assert stages(slurm) == ["eval-4", "eval-8", "eval-12"]
+
+
+def test_what_is_done_is_not_submitted_by_the_next_attempt(run, slurm, watch):
+    checkpoint(run, 4)
+    finish(run, 4)
+    watch()
+    assert stages(slurm) == []
+
+
+def test_a_job_that_was_not_put_down_is_taken_for_its_own(config, run, slurm, watch):
+    checkpoint(run, 4)
+    slurm.known.append(job_of("7", job.job_name(config, run.path, "eval-4"), "RUNNING"))
+    watch()
+    assert stages(slurm) == []
+    assert evaluations.jobs(run.path, 4) == ["7"]
+
+
+def test_a_job_of_a_run_that_was_renamed_since_is_its_own(config, run, slurm, watch):
+    renamed = config.run.model_copy(update={"name": "before"})
+    before = config.model_copy(update={"run": renamed})
+    checkpoint(run, 4)
+    slurm.known.append(job_of("7", job.job_name(before, run.path, "eval-4"), "RUNNING"))
+    slurm.known.append(job_of("8", job.job_name(before, run.path, "eval-14"), "RUNNING"))
+    for _ in range(3):
+        watch()
+    assert evaluations.jobs(run.path, 4) == ["7"]
+    assert stages(slurm) == []
+
+
+def test_jobs_that_end_without_a_result_are_repeated_and_then_given_up(run, slurm, watch, capsys):
+    checkpoint(run, 4)
+    for _ in range(12):
+        watch()
+        slurm.end_all()
+    assert stages(slurm) == ["eval-4"] * evaluation_jobs.TRIES
+    found = evaluations.of_step(run.path, 4)
+    assert found.failure == "3 jobs ended without a result, the last: COMPLETED"
+    assert f"titans eval-checkpoint {run.checkpoints}/step-4" in capsys.readouterr().out
+
+
+def test_a_job_that_ran_to_its_result_is_not_repeated(run, slurm, watch):
+    checkpoint(run, 4)
+    watch()
+    slurm.end_all()
+    watch()  # the result is not seen yet
+    finish(run, 4)
+    for _ in range(3):
+        watch()
+    assert stages(slurm) == ["eval-4"]
+
+
+def test_a_number_that_slurm_gave_to_another_job_is_an_ended_one(run, slurm, watch):
+    checkpoint(run, 4)
+    watch()
+    slurm.known = [job_of("11", "another", "RUNNING")]
+    watch()
+    watch()
+    assert stages(slurm) == ["eval-4"] * 2
+
+
+def test_a_refused_job_is_tried_again_later_and_at_last_given_up(run, slurm, watch, clock, capsys):
+    checkpoint(run, 4)
+    slurm.refuse_stage = "eval-4"
+    watch()
+    clock.now -= 30
+    watch()
+    assert capsys.readouterr().out.count("step 4 is not submitted yet: SLURM refused: no") == 1
+    for _ in range(evaluation_jobs.REFUSALS):
+        clock.now += 10_000
+        watch()
+    assert "SLURM refused its job 5 times" in evaluations.of_step(run.path, 4).failure
+
+
+def test_an_attempt_that_is_not_the_runs_any_more_submits_nothing(config, run, slurm):
+    checkpoint(run, 4)
+    EvaluationJobs(config, run.jobs / "config.yaml", run.path, lambda: False).look()
+    assert stages(slurm) == []
+
+
+@pytest.mark.parametrize("error", [SlurmUnanswered("no answer"), OSError("full"), KeyError("a")])
+def test_whatever_goes_wrong_is_told_and_does_not_reach_the_training(
+    config, run, slurm, monkeypatch, capsys, error
+):
+    def fail(*_):
+        raise error
+
+    checkpoint(run, 4)
+    monkeypatch.setattr(evaluation_jobs, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(evaluation_jobs.slurm_utils, "submit", fail)
+    looks = []
+    with EvaluationJobs(config, run.jobs / "config.yaml", run.path, lambda: True) as watcher:
+        look = watcher.look
+        monkeypatch.setattr(watcher, "look", lambda: (looks.append(1), look()))
+        while len(looks) < 3:
+            pass
+    assert capsys.readouterr().out.count("the training goes on") == 1
+
+
+def test_the_checkpoint_that_an_attempt_ends_with_is_evaluated(config, run, slurm):
+    with EvaluationJobs(config, run.jobs / "config.yaml", run.path, lambda: True):
+        checkpoint(run, 8)
+    assert stages(slurm) == ["eval-8"]
+
+
+def test_without_evaluations_nothing_is_looked_at(run, slurm):
+    checkpoint(run, 4)
+    with EvaluationJobs(made(run.path), run.jobs / "config.yaml", run.path, lambda: True):
+        pass
+    assert stages(slurm) == []
+
+
+def test_an_evaluation_stands_in_no_submissions_way(run, slurm, watch):
+    checkpoint(run, 4)
+    watch()
+    assert [job.id for job in submitted.living(run.path)] == ["11"]
+    assert submitted.running_on(run.path) == []
+
+
+def resolved(path: Path, **asked):
+    tree = json.loads(made(path).model_dump_json())
+    tree["checkpoint"]["every"] = 4
+    tree["pipeline"]["eval"] |= {"every": 4} | asked
+    return run_config.resolve(tree, source="a test")
+
+
+def test_unknown_tasks_and_nothing_held_out_are_refused_before_the_run_is_queued(tmp_path):
+    with pytest.raises(UserError, match=r"pipeline\.eval\.tasks: 'piqqa' is no task") as caught:
+        stage_checks.of_evaluations(resolved(tmp_path, tasks=["piqqa"]), ())
+    assert "piqa" in caught.value.fix
+    config = resolved(tmp_path, tasks=["piqa"])
+    manifest = Path(str(config.data.manifest))
+    manifest.parent.mkdir()
+    manifest.write_text("{}")
+    none = config.model_copy(
+        update={"data": config.data.model_copy(update={"validation_fraction": 0.0})}
+    )
+    stage_checks.of_evaluations(made(tmp_path), ())
+    with pytest.raises(UserError, match="leaves nothing to evaluate checkpoints on"):
+        stage_checks.of_evaluations(none, ())
+    manifest.write_text('{"held_out": {"documents": 3}}')
+    stage_checks.of_evaluations(none, ())
+
+
+def test_slurm_is_asked_about_the_evaluations_before_the_run_is_queued(tmp_path, slurm):
+    from submit_cases import write_config
+
+    from launchers import submit
+
+    asked = {"eval": {"every": 2}}
+    config = submit.frozen(run_config.load(write_config(tmp_path, pipeline=asked)))
+    run = Path(config.run.directory)
+    submit.check(config, run, [submit.pipeline.training(config, run)])
+    assert slurm.tested == ["train", "eval-2"]
+
+
+def test_a_bad_job_is_told_like_a_refusal(run, slurm, watch, monkeypatch, capsys):
+    def bad(*_):
+        raise TitansError("cannot stand in a batch script")
+
+    monkeypatch.setattr(evaluation_jobs.jobs, "text", bad)
+    checkpoint(run, 4)
+    watch()
+    assert "step 4 is not submitted yet: cannot stand" in capsys.readouterr().out
