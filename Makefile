@@ -8,7 +8,7 @@ override DEMO := demo
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test test-full bench-data check format clean
+.PHONY: help setup demo test test-full bench-data bench-decoding check format clean
 
 help:
 	@echo "make setup      create .venv with titans and all test packages"
@@ -16,6 +16,7 @@ help:
 	@echo "make test       the tests, on CPU"
 	@echo "make test-full  the tests and the minutes-long ones"
 	@echo "make bench-data tokens per second of preparing data, beside other programs"
+	@echo "make bench-decoding  cost of a token after long texts, memory of reading them"
 	@echo "make check      lint, format and type checks"
 
 setup: $(READY)
@@ -59,6 +60,10 @@ test-full: $(READY)
 bench-data: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,fast]"
 	$(BIN)/python tests/benchmarks/prepare_data.py --json build/bench-data/result.json $(OPTIONS)
+
+bench-decoding: $(READY)
+	mkdir -p build/bench-decoding
+	$(BIN)/python tests/benchmarks/decoding.py --check --json build/bench-decoding/result.json $(OPTIONS)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -86,7 +86,11 @@ class EvaluationJobs:
             OSError: the run's directory cannot be read or written.
         """
         chosen = self._config.pipeline.eval
-        waiting = evaluations.awaited(self._run, chosen.every, chosen.at_once)
+        steps = layout.steps(self._run / "checkpoints")
+        # after the last save none gives way any more: all that are there get their jobs
+        over = bool(steps) and steps[-1] >= self._config.train.steps
+        at_most = None if over else chosen.at_once
+        waiting = evaluations.awaited(self._run, chosen.every, at_most, steps)
         under_way = {step: evaluations.jobs(self._run, step) for step in waiting}
         for step, ids in under_way.items():
             if not ids:

@@ -7,11 +7,13 @@ from pathlib import Path
 from data_prep import local_files
 from launchers import pipeline
 from launchers.checks import existing
+from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.config import RunConfig
 from titans_pretrain.config_job import PrepareSection
 from titans_pretrain.errors import UserError
-from titans_pretrain.evaluate import of_checkpoint
+from titans_pretrain.evaluate import of_checkpoint, options
 from titans_pretrain.files import read_json
+from titans_pretrain.train import initial_fields
 
 HELD_OUT = "--held-out"
 
@@ -51,11 +53,18 @@ def of_evaluations(config: RunConfig, stages: Container[str]) -> None:
         stages: that are left to do.
 
     Raises:
-        UserError: an unknown task, or nothing held out to evaluate.
+        UserError: an unknown task or option, a path that does not exist, or nothing held out to
+            evaluate.
     """
     if not config.pipeline.eval.every:
         return
-    of_checkpoint.check(config)
+    for path in options.paths(of_checkpoint.check(config)):
+        if not path.exists():
+            raise UserError(
+                f"pipeline.eval.options: {path} does not exist",
+                where="pipeline.eval.options",
+                fix="correct it; it must be on a file system that the nodes see, too",
+            )
     scored = config.data.manifest is not None
     if scored and config.data.validation_fraction == 0 and not _held_out(config, stages):
         raise UserError(
@@ -64,6 +73,18 @@ def of_evaluations(config: RunConfig, stages: Container[str]) -> None:
             where="data.validation_fraction",
             fix=f"give it, or prepare the data with {HELD_OUT}=SHARE, or set pipeline.eval.every=0",
         )
+
+
+def of_initial_weights(config: RunConfig, run: Path) -> None:
+    """Refuse initial weights of another model before the run is queued; reads their config.json.
+
+    Where a checkpoint is there, the run goes on from it and they do not matter.
+
+    Raises:
+        UserError: there is no exported model, or it computes something else than the run's.
+    """
+    if config.train.init_from and not layout.steps(run / "checkpoints"):
+        initial_fields.check(config)
 
 
 def _text(data: PrepareSection) -> None:

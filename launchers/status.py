@@ -8,6 +8,7 @@ from typing import Any
 from launchers import run_state
 from launchers.run_state import RunState
 from launchers.slurm_jobs import Job
+from titans_pretrain.checkpoint import evaluations
 from titans_pretrain.train.metrics import duration
 
 COLUMNS = (
@@ -78,7 +79,12 @@ def facts(state: RunState) -> dict[str, Any]:
         "lost_steps": state.lost_steps,
         "error": state.error and {key: state.error.get(key) for key in _ERROR_KEYS},
         "evaluations": [
-            {"step": one.step, "metrics": dict(one.metrics), "failure": one.failure or None}
+            {
+                "step": one.step,
+                "metrics": dict(one.metrics),
+                "failure": one.failure or None,
+                "settings": dict(one.settings),
+            }
             for one in state.evaluations
         ],
         "verdict": _newest(state, "verdict"),
@@ -161,12 +167,16 @@ def _attempt(attempt: Any) -> str:
 
 
 def _evaluations(state: RunState) -> list[str]:
-    """The newest evaluation's metrics, and the steps that have none for good."""
-    done = [one for one in state.evaluations if one.metrics][-1:]
+    """The newest evaluation's metrics, the steps of other settings, and those that failed."""
+    scored = [one for one in state.evaluations if one.metrics]
+    done = scored[-1:]
+    others = [str(one.step) for one in scored if evaluations.differing(one, scored[-1])]
     lines = [f"evaluation of step {one.step}:" for one in done]
     lines += table(
         [[f"  {name}", f"{value:.4f}"] for one in done for name, value in one.metrics.items()]
     )
+    if others:
+        lines.append(f"evaluated with other settings than that: step {', '.join(others)}")
     return lines + [
         f"evaluation of step {one.step} failed: {one.failure}"
         for one in state.evaluations

@@ -14,6 +14,7 @@ from titans_pretrain import config as run_config
 from titans_pretrain import errors
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import UserError
+from titans_pretrain.evaluate import options
 from titans_pretrain.train.directory import RunDirectory
 
 SHOWN = 8
@@ -76,7 +77,11 @@ def frozen(config: RunConfig) -> RunConfig:
         change = {"input": places, "tokenizer": _absolute(prepare.tokenizer)}
         prepare = prepare.model_copy(update=change)
     export = export.model_copy(update={"directory": _absolute(export.directory)})
-    evaluation = evaluation.model_copy(update={"output": _absolute(evaluation.output)})
+    change = {
+        "output": _absolute(evaluation.output),
+        "options": options.absolute(evaluation.options),
+    }
+    evaluation = evaluation.model_copy(update=change)
     sections = {"data": prepare, "export": export, "eval": evaluation}
     place = {"directory": _absolute(config.run.directory)}
     return config.model_copy(
@@ -108,6 +113,7 @@ def check(config: RunConfig, run: Path, stages: Sequence[Stage]) -> None:
         checks.of_data(config)
     stage_checks.of_stages(config, run, names)
     stage_checks.of_evaluations(config, names)
+    stage_checks.of_initial_weights(config, run)
     checks.of_host(config.job)
     waits = ask([*stages, *pipeline.evaluation(config, run)] if "train" in names else stages)
     for sentence in (*waits, *checks.warnings(config, run)):

@@ -38,6 +38,7 @@ def test_every_command_of_the_readme_parses():
         "data",
         "plan",
         "train",
+        "eval",
         "export",
         "generate",
         "report",

@@ -57,6 +57,26 @@ def test_evaluations_are_joined_by_step(make_run, capsys, monkeypatch):
     assert accuracies.split() == ["piqa/accuracy", *["-"] * 6, "0.5000", "0.5000"]
     labels = [text.get_text() for text in drawn[0][0].get_legend().get_texts()]
     assert "evaluated evaluation (3.000)" in labels
+    assert not any("other settings" in label for label in labels)
+
+
+def test_evaluations_of_other_settings_than_the_newest_are_marked(make_run, capsys, monkeypatch):
+    run = make_run("evaluated")
+    for step, dtype in ((10, "bfloat16"), (20, "float32"), (30, "float32")):
+        told = {"settings": {"dtype": dtype, "tasks": []}, "results": {}}
+        evaluations.write(run, step, "a", metrics={"heldout/loss": 4.0}, **told)
+    drawn = []
+    draw = report._draw_run
+    monkeypatch.setattr(
+        report, "_draw_run", lambda axes, *more: drawn.append((axes, draw(axes, *more)))
+    )
+    report.report([run])
+    *_, header, _, note, _ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["evaluated:", "step", "10*", "20", "30"]
+    assert note == "* step 10 was evaluated with other dtype"
+    labels = [text.get_text() for text in drawn[0][0].get_legend().get_texts()]
+    assert "evaluated evaluation of other settings (4.000)" in labels
+    assert report.read_run(run).held_out(alike=True) == [(20, 4.0), (30, 4.0)]
 
 
 def test_several_runs_share_a_picture(make_run, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from titans_pretrain.cli_types import natural, positive, share
 
@@ -18,20 +18,24 @@ def export(options: argparse.Namespace) -> None:
         raise errors.UserError(
             "--private says nothing without --push", where="command line", fix="add --push REPO"
         )
-    source = huggingface.export(
+    exported = huggingface.export(
         options.checkpoint,
         options.out,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
     )
-    print(f"{options.out}: exported from {source}; a clean process gives the same logits")
+    if exported.is_new:
+        told = f"exported from {exported.checkpoint}; a clean process gives the same logits"
+    else:
+        told = f"is there already, from {exported.checkpoint}; every byte is as it was made"
+    print(f"{options.out}: {told}")
     if options.push is not None:
         print(f"pushed to {push.push(options.out, options.push, private=options.private)}")
 
 
 def generate(options: argparse.Namespace) -> None:
     """Print a prompt and its continuation."""
-    from titans_pretrain import generate
+    from titans_pretrain.inference import generate
 
     sampling = generate.Sampling(
         max_new_tokens=options.max_new_tokens,
@@ -54,7 +58,7 @@ def generate(options: argparse.Namespace) -> None:
 
 def memorize(options: argparse.Namespace) -> None:
     """Read a text into a memory and write it."""
-    from titans_pretrain import memorize
+    from titans_pretrain.inference import memorize
 
     memory = memorize.memorize(
         options.model,
@@ -70,7 +74,7 @@ def memorize(options: argparse.Namespace) -> None:
 
 def inspect_memory(options: argparse.Namespace) -> None:
     """Draw what a model's memory does along a text."""
-    from titans_pretrain import inspect_memory
+    from titans_pretrain.inference import inspect_memory
 
     picture = options.output or options.file.with_suffix(".memory.png")
     found = inspect_memory.inspect_memory(
@@ -82,7 +86,7 @@ def inspect_memory(options: argparse.Namespace) -> None:
         device=options.device,
     )
     print(inspect_memory.table(found), end="")
-    print(f"{picture}, {picture.with_suffix('.json')}")
+    print(f"{picture}, {inspect_memory.numbers_path(picture)}")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -92,12 +96,13 @@ def evaluate(options: argparse.Namespace) -> None:
         return
     from titans_pretrain import errors
     from titans_pretrain.evaluate import heldout
+    from titans_pretrain.evaluate import options as task_options
 
     if options.data is None:
         raise errors.UserError(
             "nothing to score the model on", where="command line", fix="add --data or --tasks"
         )
-    for name in _TASK_OPTIONS:
+    for name in (*task_options.NAMES, "paper_size"):
         if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise errors.UserError(
@@ -116,64 +121,29 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
     """Export a run's checkpoint, score it, and keep the result beside the run's metrics."""
-    from titans_pretrain.evaluate import of_checkpoint, tasks
+    from titans_pretrain.evaluate import of_checkpoint
 
     config = of_checkpoint.load(options.config or of_checkpoint.configuration(options.checkpoint))
-    chosen, parser = config.pipeline.eval, _OptionsOfTasks(add_help=False, allow_abbrev=False)
-    parser.add_argument("--data")
-    parser.add_argument("--batch", type=positive, default=1)
-    _add_task_options(parser)
-    told = parser.parse_args([*chosen.options, f"--tasks={','.join(chosen.tasks)}"])
-    found = of_checkpoint.evaluate(
-        options.checkpoint,
-        config,
-        lambda model: tasks.parse(told.tasks, _told_tasks(told, model)),
-        device=options.device,
-    )
+    found = of_checkpoint.evaluate(options.checkpoint, config, device=options.device)
     for name, value in found.metrics.items():
         print(f"step {found.step}  {name} {value:.6g}")
 
 
-class _OptionsOfTasks(argparse.ArgumentParser):
-    """The options of tasks that a configuration gives."""
-
-    def error(self, message: str) -> NoReturn:
-        from titans_pretrain import errors
-
-        raise errors.UserError(
-            f"pipeline.eval.options: {message}",
-            where="pipeline.eval.options",
-            fix="titans eval --help lists the options of tasks",
-        )
-
-
-def _told_tasks(options: argparse.Namespace, model: Path) -> Any:
-    """What the command line tells the tasks of a model."""
-    from titans_pretrain.evaluate import loaded, tasks
-
-    given = {name: getattr(options, name) for name in _TASK_OPTIONS if name != "paper_size"}
-    return tasks.Options(
-        data=options.data,
-        batch=options.batch,
-        trained_length=loaded.trained_length(model),
-        **{name: value for name, value in given.items() if value is not None},
-    )
-
-
 def _evaluate_tasks(options: argparse.Namespace) -> None:
     from titans_pretrain import errors
-    from titans_pretrain.evaluate import paper, report, suite, tasks
+    from titans_pretrain.evaluate import loaded, paper, report, suite, tasks
+    from titans_pretrain.evaluate import options as task_options
 
     paper.check_size(options.paper_size)
     for name in ("sequence_length", "sequences", "validation_fraction"):
-        if getattr(options, name):
+        if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise errors.UserError(
                 f"{option} is for held-out data, which --tasks does not score",
                 where=option,
                 fix="leave it out, or run without --tasks",
             )
-    told = _told_tasks(options, options.model)
+    told = task_options.told(options, loaded.trained_length(options.model))
     found = suite.evaluate(
         options.model,
         options.out,
@@ -191,7 +161,7 @@ def _heldout_choice(options: argparse.Namespace) -> Any:
     return heldout.Choice(
         sequence_length=options.sequence_length,
         validation_fraction=options.validation_fraction,
-        sequences=options.sequences,
+        sequences=options.sequences or 0,
         batch=options.batch,
     )
 
@@ -231,8 +201,8 @@ def _add_generate(verbs: Any) -> None:
     verb.add_argument("prompt", metavar="PROMPT", help='text to go on from; "" begins a document')
     verb.add_argument("--max-new-tokens", type=int, default=100, help="at most (%(default)s)")
     verb.add_argument("--temperature", type=float, help="0 takes the likeliest (0.8; 0 with beams)")
-    verb.add_argument("--top-k", type=int, default=0, help="0 samples among all (%(default)s)")
-    verb.add_argument("--top-p", type=float, default=1.0, help="nucleus (%(default)s)")
+    verb.add_argument("--top-k", type=int, help="0 samples among all (0)")
+    verb.add_argument("--top-p", type=float, help="nucleus (1.0)")
     verb.add_argument("--seed", type=int, default=0, help="of the draw (%(default)s)")
     verb.add_argument("--beams", type=int, default=1, help="texts side by side (%(default)s)")
     verb.add_argument(
@@ -308,7 +278,7 @@ def _add_eval_checkpoint(verbs: Any) -> None:
 
 def _add_heldout_options(group: Any) -> None:
     group.add_argument("--sequence-length", type=positive, help="tokens (as in training)")
-    group.add_argument("--sequences", type=natural, default=0, help="at most; 0: all (%(default)s)")
+    group.add_argument("--sequences", type=natural, help="at most; 0: all (0)")
     group.add_argument(
         "--validation-fraction",
         type=share,
@@ -318,54 +288,12 @@ def _add_heldout_options(group: Any) -> None:
 
 
 def _add_task_options(group: Any) -> None:
+    from titans_pretrain.evaluate import options
+
     group.add_argument(
         "--tasks", metavar="A,B", help="names of tasks and groups: paper, commonsense, piqa …"
     )
-    group.add_argument("--samples", type=positive, metavar="N", help="of each task and length")
-    group.add_argument(
-        "--max-length", type=positive, metavar="N", help="tokens read at most (as in training)"
-    )
-    group.add_argument(
-        "--lengths", type=_names, metavar="A,B", help="of the contexts: 2048,4096 or 1k,128k,1M"
-    )
-    group.add_argument(
-        "--shots", "--few-shot", type=natural, metavar="N", help="solved examples in a prompt"
-    )
-    group.add_argument(
-        "--task-data", type=Path, metavar="DIR", help="TASK.jsonl of the benchmarks (the Hub)"
-    )
-    group.add_argument(
-        "--essays", type=_paths, metavar="A,B", help="text files that hide the needles"
-    )
-    group.add_argument("--facts", type=Path, metavar="DIR", help="the bAbI files")
-    group.add_argument(
-        "--background", type=_paths, metavar="A,B", help="text files between the bAbI facts"
-    )
-    group.add_argument("--text", type=_paths, metavar="A,B", help="text files, long documents")
-    group.add_argument("--seed", type=natural, metavar="N", help="of what is drawn (0)")
+    options.add(group)
     group.add_argument(
         "--paper-size", metavar="SIZE", help="the paper's models beside it: 340M, 400M, 760M"
     )
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
-
-
-def _paths(text: str) -> tuple[Path, ...]:
-    return tuple(map(Path, _names(text)))
-
-
-_TASK_OPTIONS = (
-    "samples",
-    "max_length",
-    "lengths",
-    "shots",
-    "task_data",
-    "essays",
-    "facts",
-    "background",
-    "text",
-    "seed",
-    "paper_size",
-)

@@ -22,6 +22,8 @@ SMOOTHED_POINTS = 2000
 NUMBERS = ("step", "loss", "validation_loss", "tokens", "tokens_per_second")
 HELD_OUT = "heldout/loss"
 EVALUATIONS_SHOWN = 8
+OTHERWISE = "*"  # marks evaluations that are not to be compared with the newest
+_OF_HELD_OUT = {"data", "fingerprint", "sequences", "dtype"}
 COLUMNS = ("run", "steps", "tokens", "first", "last", "validation", "unigram", "tokens/s")
 
 
@@ -47,15 +49,23 @@ class Run:
     unigram_entropy: float | None
     evaluations: list[Evaluation]
 
-    @property
-    def held_out(self) -> list[tuple[int, float]]:
-        """(step, loss) of every checkpoint whose evaluation scored held-out data."""
-        done = self.evaluations
-        return [(one.step, one.metrics[HELD_OUT]) for one in done if HELD_OUT in one.metrics]
+    def held_out(self, *, alike: bool) -> list[tuple[int, float]]:
+        """(step, loss) of checkpoints that were scored on held-out data.
+
+        Args:
+            alike: those that were scored on what the newest was, in its dtype; else the others.
+        """
+        done = [one for one in self.evaluations if HELD_OUT in one.metrics]
+        return [
+            (one.step, one.metrics[HELD_OUT])
+            for one in done
+            if _OF_HELD_OUT.isdisjoint(evaluations.differing(one, done[-1])) == alike
+        ]
 
     def evaluation_table(self) -> list[list[str]]:
         """A row for each metric, a column for each of the newest evaluations; empty for none."""
         shown = self.evaluations[-EVALUATIONS_SHOWN:]
+        other = {one.step for one in shown if evaluations.differing(one, shown[-1])}
         names = list(dict.fromkeys(name for one in shown for name in one.metrics))
         if not names:
             return []
@@ -63,7 +73,17 @@ class Run:
             [name, *(f"{one.metrics[name]:.4f}" if name in one.metrics else "-" for one in shown)]
             for name in names
         ]
-        return [[f"{self.name}: step", *(f"{one.step:,}" for one in shown)], *cells]
+        steps = (f"{one.step:,}{OTHERWISE * (one.step in other)}" for one in shown)
+        return [[f"{self.name}: step", *steps], *cells]
+
+    def evaluated_otherwise(self) -> list[str]:
+        """A sentence of each shown evaluation whose settings are not those of the newest."""
+        shown = self.evaluations[-EVALUATIONS_SHOWN:]
+        return [
+            f"{OTHERWISE} step {one.step:,} was evaluated with other {', '.join(names)}"
+            for one in shown
+            if (names := evaluations.differing(one, shown[-1]))
+        ]
 
     def row(self) -> list[str]:
         """The table's cells."""
@@ -101,7 +121,7 @@ def report(directories: Sequence[Path], output: Path | None = None) -> Path:
     print(_table([list(COLUMNS), *(run.row() for run in runs)]))
     for run in runs:
         if table := run.evaluation_table():
-            print(f"\n{_table(table)}")
+            print("\n".join(["", _table(table), *run.evaluated_otherwise()]))
     print(f"loss curve: {output}")
     return output
 
@@ -262,11 +282,15 @@ def _draw_run(axes: Any, run: Run, color: Any) -> None:
         style = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.4}
         label = f"{run.name} validation ({held_out[-1]:.3f})"
         axes.plot(where, held_out, color=color, linestyle=":", label=label, zorder=3, **style)
-    if run.held_out:
-        where, held_out = zip(*run.held_out, strict=True)
-        label = f"{run.name} evaluation ({held_out[-1]:.3f})"
-        style = {"marker": "s", "markersize": 5, "linestyle": "none"}
-        axes.plot(where, held_out, color=color, label=label, zorder=4, **style)
+    for alike, how in ((True, ""), (False, " of other settings")):
+        if points := run.held_out(alike=alike):
+            where, held_out = zip(*points, strict=True)
+            label = f"{run.name} evaluation{how} ({held_out[-1]:.3f})"
+            style = {"marker": "s", "markersize": 5, "linestyle": "none"}
+            fill = color if alike else "none"
+            axes.plot(
+                where, held_out, color=color, markerfacecolor=fill, label=label, zorder=4, **style
+            )
 
 
 def _smooth(losses: Sequence[float]) -> tuple[Sequence[int], list[float]]:

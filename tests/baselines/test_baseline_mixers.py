@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from titans_pretrain.baselines.configuration_baseline import KINDS, BaselineConfig
-from titans_pretrain.baselines.modeling_baseline import BaselineForCausalLM, make_mixer
+from titans_pretrain.baselines.modeling_baseline import (
+    BaselineBlock,
+    BaselineForCausalLM,
+    make_mixer,
+)
 from titans_pretrain.baselines.recurrences import by_chunks
 
 SIZE = {
@@ -79,13 +83,84 @@ def test_against_flash_linear_attention_where_it_is_installed():
     torch.testing.assert_close(by_chunks(*ours, chunk=4).transpose(1, 2), expected)
 
 
+def plain_convolution(part, x):
+    """A causal depthwise convolution of (B, T, C), tap by tap."""
+    weight, bias = part.conv.weight, part.conv.bias
+    taps = weight.shape[-1]
+    total = 0 if bias is None else bias
+    for tap in range(taps):
+        shifted = F.pad(x, (0, 0, taps - 1 - tap, 0))[:, : x.shape[1]]
+        total = total + weight[:, 0, tap] * shifted
+    return total
+
+
+def plain_rotation(x, positions):
+    """Rotary embedding of (B, H, T, h) as a product of complex numbers."""
+    half = x.shape[-1] // 2
+    steps = 10000.0 ** -(torch.arange(half) / half)
+    turned = torch.polar(torch.ones(len(positions), half), positions[:, None] * steps)
+    out = torch.complex(x[..., :half], x[..., half:]) * turned
+    return torch.cat([out.real, out.imag], -1)
+
+
+def split(x, heads):
+    """(B, T, H h) to (B, H, T, h)."""
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
+
+
+def plain_linear_mixer(layer, kind, x):
+    """A whole layer of the recurrences, token by token."""
+    q, k, v = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
+    write = None
+    if "delta" in kind:
+        q, k, v = (
+            F.silu(plain_convolution(conv, part))
+            for conv, part in ((layer.q_conv, q), (layer.k_conv, k), (layer.v_conv, v))
+        )
+        write = split(torch.sigmoid(layer.write_proj(x)), 2)
+    q, k, v = (split(part, 2) for part in (q, k, v))
+    decay = torch.zeros(*q.shape[:3], 1)
+    if kind == "retnet":
+        q, k = (plain_rotation(part, torch.arange(x.shape[1])) for part in (q, k))
+        decay = torch.log(1 - 2.0 ** -torch.tensor([5.0, 6.0]))[:, None, None].expand_as(decay)
+    elif kind == "gla":
+        logits = split(layer.decay.up_proj(layer.decay.down_proj(x)), 2)
+        decay = torch.log(torch.sigmoid(logits) ** (1 / 16))
+    if "delta" in kind:
+        q, k = (part / part.norm(dim=-1, keepdim=True) for part in (q, k))
+    if kind == "gated_deltanet":
+        rates = F.softplus(layer.decay.proj(x) + layer.decay.dt_bias)
+        decay = split(-layer.decay.A_log.exp() * rates, 2)
+    read = token_by_token(q / q.shape[-1] ** 0.5, k, v, decay, write)
+    read = F.rms_norm(read, read.shape[-1:], layer.norm.weight, 1e-6).transpose(1, 2).flatten(2)
+    if kind != "deltanet":
+        read = read * F.silu(layer.gate_proj(x))
+    return layer.o_proj(read)
+
+
+@pytest.mark.parametrize("kind", ["retnet", "gla", "deltanet", "gated_deltanet"])
+def test_a_whole_layer_gives_what_its_published_steps_give_token_by_token(kind):
+    torch.manual_seed(0)
+    layer = make_mixer(BaselineConfig(**SIZE), kind)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    x = torch.randn(2, 11, 32)
+    with torch.no_grad():
+        wanted = plain_linear_mixer(layer, kind, x)
+        torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+def plain_gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
 def inner_loss(layer, weights, biases, key, value):
     """TTT's loss of one token (H, 1, h)."""
     hidden = key
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         hidden = hidden @ weight + bias
         if index < len(weights) - 1:
-            hidden = F.gelu(hidden)
+            hidden = plain_gelu(hidden)
     normal = F.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)
     out = normal * layer.inner_scale + layer.inner_shift
     return out, 0.5 * (out - (value - key)).square().sum()
@@ -127,15 +202,88 @@ def test_ttt_reads_what_gradients_of_its_inner_loss_by_autograd_would_have_taugh
         torch.testing.assert_close(bias[0], shift, rtol=1e-4, atol=1e-4)
 
 
-def test_mixers_of_transformers_begin_with_the_weights_of_their_class():
-    fields = SIZE | {"mixers": ["mamba", "mamba2"]}
-    first, second = (b.mixer for b in BaselineForCausalLM(BaselineConfig(**fields)).model.layers)
+def plain_ttt(block, x):
+    """A whole TTT block but its feed-forward, by autograd and token by token; (1, T, D)."""
+    x = x + plain_convolution(
+        block.before.convolution, F.rms_norm(x, (32,), block.before.norm.weight, 1e-6)
+    )
+    layer, normed = block.mixer, F.rms_norm(x, (32,), block.mixer_norm.weight, 1e-6)
+    shared = layer.q_proj(normed)
+    q, k = (split(plain_convolution(c, shared), 2) for c in (layer.q_conv, layer.k_conv))
+    positions = torch.arange(x.shape[1]) % 4
+    q, k = (plain_rotation(part, positions)[0] for part in (q, k))
+    v = split(layer.v_proj(normed), 2)[0]
+    rates = 0.7 / 16 * torch.sigmoid(layer.rate_proj(normed))[0].T[:, :, None]
+    half = len(layer.inner_weights)
+    start = [part.detach() for part in (*layer.inner_weights, *layer.inner_biases)]
+    outputs, moved = [], start
+    for t in range(x.shape[1]):
+        place = int(positions[t])
+        if place == 0:
+            base, summed = moved, [torch.zeros_like(part) for part in start]
+        leaves = [part.detach().requires_grad_() for part in base]
+        _, loss = inner_loss(layer, leaves[:half], leaves[half:], k[:, t : t + 1], v[:, t : t + 1])
+        taught = torch.autograd.grad(loss, leaves)
+        summed = [
+            total + rates[:, t, :, None] * part for total, part in zip(summed, taught, strict=True)
+        ]
+        share = (1 / (place + 1) + layer.step_sizes[place]).clamp(min=0)
+        moved = [part - share * total for part, total in zip(base, summed, strict=True)]
+        own = q[:, t : t + 1]
+        outputs.append(own + inner_loss(layer, moved[:half], moved[half:], own, own)[0])
+    read = torch.cat(outputs, 1).transpose(0, 1).flatten(1)[None]
+    read = F.layer_norm(read, (32,), layer.norm.weight, layer.norm.bias, 1e-6)
+    return x + layer.o_proj(plain_gelu(layer.gate_proj(normed)) * read)
+
+
+@pytest.mark.parametrize("kind", ["ttt_linear", "ttt_mlp"])
+def test_a_whole_ttt_block_gives_what_its_published_steps_give_token_by_token(kind):
+    torch.manual_seed(0)
+    block = BaselineBlock(BaselineConfig(**(SIZE | {"inner_learning_rate": 0.7})), kind)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    torch.nn.init.zeros_(block.feed_forward.down_proj.weight)
+    x = torch.randn(1, 11, 32)
+    torch.testing.assert_close(block(x), plain_ttt(block, x), rtol=1e-4, atol=1e-4)
+
+
+def test_mixers_of_transformers_begin_with_the_weights_of_mamba_ssm():
+    torch.manual_seed(0)
+    fields = SIZE | {"mixers": ["mamba", "mamba2"], "num_hidden_layers": 8}
+    first, second = (
+        b.mixer for b in BaselineForCausalLM(BaselineConfig(**fields)).model.layers[:2]
+    )
+    for mixer in (first, second):  # uniform within 1/sqrt(64 inputs), over sqrt(2 * 8 residuals)
+        largest = float(mixer.out_proj.weight.abs().max())
+        assert largest == pytest.approx(1 / 8 / 4, rel=0.05)
+    scales = second.A_log.exp()
+    assert not torch.equal(scales, torch.arange(1.0, len(scales) + 1))
+    assert scales.min() >= 1
+    assert scales.max() <= 16
     torch.testing.assert_close(first.A_log[0].exp(), torch.arange(1.0, 5.0))
     steps = F.softplus(first.dt_proj.bias)
     assert steps.min() >= 0.0009
     assert steps.max() <= 0.11
     assert F.softplus(second.dt_bias).max() <= 0.11
-    assert second.A_log.exp().std() > 0
+
+
+def test_gated_deltanet_begins_with_scales_uniform_to_sixteen():
+    torch.manual_seed(0)
+    fields = {"hidden_size": 512, "num_heads": 64, "num_hidden_layers": 1}
+    fields |= {"vocab_size": 8, "intermediate_size": 8}
+    decay = BaselineForCausalLM(BaselineConfig(**fields)).model.layers[0].mixer.decay
+    scales = decay.A_log.detach().exp()
+    assert scales.max() <= 16
+    assert float(scales.mean()) == pytest.approx(8, abs=1.5)  # 5.4 where A_log is uniform
+
+
+def test_scales_that_a_file_holds_stay_where_others_of_their_part_are_missing(tmp_path):
+    network = BaselineForCausalLM(BaselineConfig(**(SIZE | {"mixers": ["gated_deltanet"]})))
+    kept = {n: t for n, t in network.state_dict().items() if not n.endswith("dt_bias")}
+    network.save_pretrained(tmp_path, state_dict=kept)
+    loaded = BaselineForCausalLM.from_pretrained(tmp_path)
+    for ours, theirs in zip(network.model.layers, loaded.model.layers, strict=True):
+        assert torch.equal(ours.mixer.decay.A_log, theirs.mixer.decay.A_log)
 
 
 def test_a_window_sees_exactly_its_tokens():
@@ -221,6 +369,24 @@ def test_a_cache_is_refused(model):
         model(torch.zeros(1, 3, dtype=torch.long), past_key_values=object())
 
 
+def test_positions_that_are_not_the_tokens_own_are_refused():
+    torch.manual_seed(0)
+    network = BaselineForCausalLM(BaselineConfig(**(SIZE | {"mixers": ["window"]}))).eval()
+    ids = torch.randint(50, (2, 6))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    rows = torch.arange(6)[None].expand(2, -1)
+    own = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        assert torch.equal(network(ids, position_ids=rows).logits, network(ids).logits)
+        wanted = network(ids, attention_mask=mask).logits
+        assert torch.equal(network(ids, attention_mask=mask, position_ids=own).logits, wanted)
+    for given in ({"attention_mask": None}, {"attention_mask": mask}):
+        with pytest.raises(TypeError, match="takes no position_ids but"):
+            network(ids, **given, position_ids=rows % 3)
+    with pytest.raises(TypeError, match="takes no position_ids but"):
+        network(ids, position_ids=own)
+
+
 def test_rmt_carries_its_memory_over_segments():
     torch.manual_seed(0)
     fields = SIZE | MODELS["rmt"]
@@ -241,6 +407,7 @@ def test_rmt_carries_its_memory_over_segments():
         ({"chunk_size": 0}, "chunk_size 0 is less than 1"),
         ({"memory_embeddings": -1}, "memory_embeddings -1 is less than 0"),
         ({"memory_embeddings": 2}, "memory_embeddings need mixers"),
+        (MODELS["rmt"] | {"window_size": 9}, "9 does not reach .* 10 is the smallest"),
     ],
 )
 def test_a_value_the_model_cannot_have_is_refused(fields, told):

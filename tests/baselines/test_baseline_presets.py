@@ -28,6 +28,14 @@ def test_each_baseline_has_a_preset_of_each_size():
     assert set(PRESETS) == {f"{kind}-{size}" for kind in KINDS for size in SIZES}
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_ttt_presets_have_the_published_inner_learning_rates_and_heads(size):
+    heads = {"170m": 12, "340m": 16, "760m": 16}[size]
+    for kind, rate in (("linear", 1.0), ("mlp", 0.1)):
+        preset = yaml.safe_load((config.PRESETS / f"ttt-{kind}-{size}.yaml").read_text())
+        assert (preset["inner_learning_rate"], preset["num_heads"]) == (rate, heads)
+
+
 @pytest.mark.parametrize(
     "name",
     [

@@ -1,5 +1,6 @@
 """``model.hf``: classes are found, keys are checked, mistakes are told with their fix."""
 
+import inspect
 import sys
 from types import ModuleType
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from titans_pretrain import cli, config
 from titans_pretrain.baselines import foreign
+from titans_pretrain.baselines.configuration_baseline import BaselineConfig
 from titans_pretrain.errors import UserError
 from titans_pretrain.plan import parameters
 from titans_pretrain.train import optimizer
@@ -53,6 +55,54 @@ def test_a_model_of_a_package_is_named_by_module_and_class():
 
 def test_the_vocabulary_is_the_class_s_own_where_none_is_given():
     assert run(MAMBA).model["vocab_size"] == 50280
+
+
+def test_the_defaults_of_our_own_classes_are_kept_with_the_run():
+    given = {"hf": "titans_baseline", "mixers": ["gla"], "hidden_size": 96}
+    resolved = run(given).model
+    usual = inspect.signature(BaselineConfig.__init__).parameters
+    ids = {"pad_token_id", "bos_token_id", "eos_token_id"}
+    assert resolved.keys() == {"hf"} | usual.keys() - ids - {"self", "kwargs"}
+    assert resolved["window_size"] == usual["window_size"].default
+    assert run(resolved).model == resolved
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_mamba_begins_with_the_weights_of_mamba_ssm(name):
+    size = {"hf": name, "vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 4}
+    size |= {"num_heads": 8, "head_dim": 8, "n_groups": 1} if name == "mamba2" else {}
+    for layer in foreign.build(size, 0).backbone.layers:
+        largest = layer.mixer.out_proj.weight.abs().max()  # within 1/sqrt(64 inputs)
+        assert float(largest) == pytest.approx(1 / 8 / 2, rel=0.05)
+        if name == "mamba2":
+            scales = layer.mixer.A_log.exp()
+            assert not torch.equal(scales, torch.arange(1.0, 9.0))
+            assert scales.min() >= 1
+            assert scales.max() <= 16
+
+
+def test_a_key_that_makes_transformers_rescale_weights_as_it_loads_them_is_refused():
+    with pytest.raises(UserError, match="again each time the model is loaded") as caught:
+        run(MAMBA | {"rescale_prenorm_residual": True})
+    assert "take it out" in caught.value.fix
+    run(MAMBA | {"rescale_prenorm_residual": False})
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ({"hf": "rwkv"}, "divides its own weights"),
+        ({"hf": "recurrent_gemma"}, "reads otherwise with its cache"),
+        (
+            {"hf": "transformers.models.rwkv.modeling_rwkv:RwkvForCausalLM"},
+            "divides its own weights",
+        ),
+    ],
+)
+def test_classes_that_do_not_give_the_same_twice_are_refused(model, why):
+    with pytest.raises(UserError, match=why) as caught:
+        run(model)
+    assert "choose another" in caught.value.fix
 
 
 @pytest.mark.parametrize(

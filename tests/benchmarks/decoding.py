@@ -18,7 +18,7 @@ from itertools import cycle
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "export"))
+sys.path.insert(0, str(HERE.parent / "support"))
 POSITIONS = (1_000, 100_000)
 LENGTHS = (4_096, 65_536, 1_000_000)
 TOLERANCE = 0.1
@@ -41,8 +41,8 @@ def cost(model, pairs=15, tokens=32):
     """Milliseconds a token at both positions, and the median ratio of turns side by side."""
     import torch
 
-    from titans_pretrain import generate
-    from titans_pretrain.prefill import new_cache, prefill
+    from titans_pretrain.inference import generate
+    from titans_pretrain.inference.prefill import new_cache, prefill
 
     network, _ = generate.load(model)
     first = torch.tensor([[7]])
@@ -110,7 +110,7 @@ def stream(model, lengths):
 
 def read(model, text):
     """Read a text into a memory; called in a process of its own."""
-    from titans_pretrain.memorize import memorize
+    from titans_pretrain.inference.memorize import memorize
 
     begun = time.perf_counter()
     memory = memorize(model, text, text.with_name("memory"), device="cpu")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "export"))
+sys.path.insert(0, str(HERE.parent / "support"))
 
 import tokenizer_models  # noqa: E402
 

@@ -62,6 +62,7 @@ def test_due_checkpoints_wait_until_they_are_evaluated_or_cannot_be(tmp_path, sa
     kept = {step: save(step) for step in (1, 2, 3, 4, 6, 8)}
     assert awaited(tmp_path) == [2, 4, 6, 8]
     assert awaited(tmp_path, at_most=2) == [2, 4]
+    assert awaited(tmp_path, at_most=None) == [2, 4, 6, 8]
     finish(tmp_path, 2, kept[2])
     evaluations.fail(tmp_path, 6, kept[6], "no data")
     assert awaited(tmp_path) == [4, 8]
@@ -90,20 +91,46 @@ def test_going_back_removes_what_was_found_later(tmp_path, save):
     for step in (2, 10):
         finish(tmp_path, step, save(step))
         evaluations.add_job(tmp_path, step, "11")
-        evaluations.workplace(tmp_path, step, "f" * 64).mkdir()
+        evaluations.workplace(tmp_path, step, "f" * 64, {}).mkdir()
     evaluations.undo(tmp_path, 2)
     left = sorted(path.name for path in (tmp_path / "evaluations").iterdir())
-    assert left == [".step-2-ffffffff", "step-2.jobs.json", "step-2.json"]
+    assert left == [".step-2-ffffffff-44136fa3", "step-2.jobs.json", "step-2.json"]
     evaluations.undo(tmp_path, 0)
     assert list((tmp_path / "evaluations").iterdir()) == []
 
 
-def test_a_failure_lets_go_of_what_was_finished(tmp_path, save):
+def test_a_failure_tells_and_keeps_what_was_finished_and_lets_go_of_the_model(tmp_path, save):
     identity = save(2)
-    place = evaluations.workplace(tmp_path, 2, identity)
+    place = evaluations.workplace(tmp_path, 2, identity, {"dtype": "float32"})
     (place / "model").mkdir(parents=True)
-    evaluations.fail(tmp_path, 2, identity, "no data")
-    assert not place.exists()
+    (place / "tasks" / "cells").mkdir(parents=True)
+    told = {"metrics": {"heldout/loss": 2.5}, "settings": {"dtype": "float32"}, "results": {}}
+    evaluations.keep(place, **told, why="the Hub was not reached")
+    evaluations.fail(tmp_path, 2, identity, "3 jobs ended")
+    assert sorted(path.name for path in place.iterdir()) == ["parts.json", "tasks"]
+    found = evaluations.of_step(tmp_path, 2)
+    assert found.failure == "3 jobs ended; the Hub was not reached"
+    assert (found.metrics, found.settings) == (told["metrics"], told["settings"])
+
+
+def test_each_choice_of_settings_has_a_workplace_of_its_own(tmp_path):
+    places = {evaluations.workplace(tmp_path, 2, "f" * 64, {"dtype": d}) for d in ("a", "b", "a")}
+    assert len(places) == 2
+
+
+def test_a_settled_checkpoint_is_read_once_however_often_it_is_asked_about(
+    tmp_path, save, monkeypatch
+):
+    read = []
+    evaluations._sha256.cache_clear()
+    sha256 = evaluations.sha256_file
+    finish(tmp_path, 2, save(2))
+    monkeypatch.setattr(evaluations, "sha256_file", lambda path: read.append(path) or sha256(path))
+    for _ in range(3):
+        assert evaluations.is_settled(tmp_path, 2)
+    assert len(read) == 1
+    (tmp_path / "checkpoints" / "step-2" / manifest.NAME).write_text("another")
+    assert not evaluations.is_settled(tmp_path, 2)
 
 
 def test_a_checkpoint_that_is_gone_is_named(tmp_path):

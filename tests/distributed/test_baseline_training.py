@@ -17,7 +17,6 @@ from titans_pretrain.errors import UserError
 from titans_pretrain.parallel import devices, mesh
 from titans_pretrain.parallel.construct import construct
 from titans_pretrain.parallel.parallelize import Parallel
-from titans_pretrain.parallel.zero_settings import partitioner
 from titans_pretrain.train import self_check
 from titans_pretrain.train.build import build_engine, open_data
 from titans_pretrain.train.directory import RunDirectory
@@ -147,15 +146,18 @@ def test_a_resumed_run_ends_with_the_same_bits(manifest, tmp_path, name):
 
 
 def bfloat16_buffers(settings):
-    """Types of the buffers and parameters of an engine's model in bfloat16."""
+    """Whether an engine's buffers are those of float32, and its other types in bfloat16."""
     grid = mesh.plan(devices.ranks(), settings.mesh, settings.train)
     parallel = Parallel(grid, devices.rank())
-    model = construct(settings.model, 0, parallel, partitioner(settings.train, parallel.groups))
     whole = foreign.build(settings.model, 0)
-    same = [torch.equal(a, b) for a, b in zip(model.buffers(), whole.buffers(), strict=True)]
     engine = build_engine(settings, parallel, torch.device("cpu"))
+    trained = engine._engine.module
+    same = [
+        a.dtype == b.dtype and torch.equal(a, b)
+        for a, b in zip(trained.buffers(), whole.buffers(), strict=True)
+    ]
     logits = engine.forward(torch.arange(8)[None])
-    return same, {p.dtype for p in model.parameters()}, logits.dtype
+    return same, {p.dtype for p in trained.parameters()}, logits.dtype
 
 
 def test_in_bfloat16_rotary_frequencies_keep_their_precision(manifest, tmp_path):
@@ -177,8 +179,9 @@ def test_initial_weights_are_those_of_the_class_for_the_seed(manifest, tmp_path)
     pairs = list(zip(first.parameters(), again.parameters(), other.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b, _ in pairs)
     assert not all(torch.equal(a, c) for a, _, c in pairs)
-    mixer = first.backbone.layers[0].mixer
-    torch.testing.assert_close(mixer.A_log.exp(), torch.arange(1.0, 5.0))
+    scales = first.backbone.layers[0].mixer.A_log.exp()
+    assert ((scales >= 1) & (scales <= 16)).all()
+    assert scales.frac().any()  # drawn, not counted
 
 
 def test_the_check_of_the_mesh_takes_a_transformer_in_their_place():

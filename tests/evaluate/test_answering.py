@@ -1,5 +1,6 @@
 """Greedy answers: the full forward's tokens, whatever the batch, the pads and the pieces."""
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,12 @@ from tiny import MODEL
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from data_prep import tokenizer as sentencepieces
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.evaluate.answering import greedy
 from titans_pretrain.evaluate.loaded import Loaded
 from titans_pretrain.evaluate.text_tokens import whole_ids
+from titans_pretrain.export import tokenizer as exported
 from titans_pretrain.model.configuration_titans import TitansConfig
 from titans_pretrain.model.modeling_titans import TitansForCausalLM
 
@@ -37,7 +40,7 @@ def _tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def _loaded(network, **options) -> Loaded:
-    return Loaded(Path("m"), network, _tokenizer(**options), {}, torch.device("cpu"))
+    return Loaded(Path("m"), network, _tokenizer(**options), torch.device("cpu"))
 
 
 def _model(variant: str) -> Loaded:
@@ -81,7 +84,7 @@ def test_no_call_reads_more_than_a_piece(monkeypatch):
 
     monkeypatch.setattr(model.network.model, "forward", watch)
     greedy(model, PROMPTS[1:2], max_new_tokens=2, piece=8)
-    assert columns == [8, 8, 8, 5, 1]
+    assert columns == [8, 8, 8, 4, 1, 1]
 
 
 class _Scripted(torch.nn.Module):
@@ -169,6 +172,54 @@ def test_a_long_text_has_the_ids_of_the_whole_with_its_special_tokens():
     tokenizer, text = _tokenizer(bos=True), " ".join(["w1", "w22", "w3"] * 10_000)
     assert whole_ids(tokenizer, text).tolist() == tokenizer(text)["input_ids"]
     assert whole_ids(tokenizer, "w1").tolist() == [BEGIN, 4]
+
+
+@pytest.mark.parametrize("words", [5, 30_000])
+def test_a_special_token_that_a_text_spells_is_plain_text_of_any_length(words, tokenizer_model):
+    place = tokenizer_model.parent / "exported"
+    place.mkdir(exist_ok=True)
+    exported.write(tokenizer_model.read_bytes(), place)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(place)
+    text = "river learns " * words + "</s> small waves <s> " + "test time " * words
+    found = whole_ids(tokenizer, text).tolist()
+    assert found == list(sentencepieces.Tokenizer(tokenizer_model).encode([text])[0])
+    assert tokenizer.eos_token_id not in found
+    assert found == tokenizer(text, split_special_tokens=True)["input_ids"]
+
+
+def test_no_prompt_is_held_while_a_model_answers():
+    held, model = weakref.WeakSet(), _loaded(_Scripted([[5]]))
+
+    class Text(str):
+        __slots__ = ("__weakref__",)
+
+    def prompts():
+        text = Text("w1 w2")
+        held.add(text)
+        yield text
+
+    generate = model.network.generate
+
+    def watch(*given, **options):
+        assert not held
+        return generate(*given, **options)
+
+    model.network.generate = watch
+    assert greedy(model, prompts(), max_new_tokens=1) == ["w2"]
+
+
+def test_only_the_last_token_of_a_prompt_without_pads_is_generated_from(monkeypatch):
+    model, given = _model("lmm"), []
+    generate = model.network.generate
+
+    def watch(tokens, **options):
+        given.append((tuple(tokens.shape), tuple(options["attention_mask"].shape)))
+        return generate(tokens, **options)
+
+    monkeypatch.setattr(model.network, "generate", watch)
+    alone = greedy(model, PROMPTS[1:2], max_new_tokens=2)
+    assert greedy(model, PROMPTS[1:2] * 2, max_new_tokens=2, batch=2) == alone * 2
+    assert given == [((1, 1), (1, 1)), ((2, 1), (2, 1))]
 
 
 def test_a_long_text_is_encoded_whole_where_parts_would_differ():

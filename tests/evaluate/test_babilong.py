@@ -1,5 +1,6 @@
 """The BABILong task: which questions, how long, and how they are scored."""
 
+import hashlib
 import random
 from types import SimpleNamespace
 
@@ -27,7 +28,8 @@ def asked(monkeypatch):
     """Every call for answers; they are right where the question is about Mary."""
     calls = []
 
-    def greedy(model, prompts, *, max_new_tokens, batch):
+    def greedy(model, texts, *, max_new_tokens, batch):
+        prompts = list(texts)
         assert model is MODEL
         assert max_new_tokens == 20
         calls.append(prompts)
@@ -89,7 +91,7 @@ def test_a_tokenizer_that_makes_more_of_the_prompt_gets_a_shorter_context(given,
 
     model = SimpleNamespace(tokenizer=Letters())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(babilong, "greedy", lambda *_, **__: [""])
+        patch.setattr(babilong, "greedy", lambda model, texts, **_: ["" for _ in texts])
         result = _open(given, lengths=("4k",), samples=1).run(model, "4k", _quiet)
     prompt = babilong_facts.prompt("qa1", "", "Where is Sandra?", bare=False)
     rest = TextTokens.of(Letters()).count(prompt)
@@ -140,6 +142,32 @@ def test_the_identity_tells_what_decides_the_result_but_the_length(given, tmp_pa
         _open(given | {"facts": write_facts(tmp_path / "babi", 3)}),
     ):
         assert changed.identity() != task.identity()
+
+
+def test_definition_1_is_of_these_prompts(given, asked):
+    for task in ("qa1", "qa4"):
+        opened = _open(given, task=task, lengths=("1k",), samples=2)
+        opened.run(MODEL, "1k", _quiet)
+        assert opened.identity()["definition"] == 1
+    texts = "\0".join(text for call in asked for text in call)
+    golden = "dd5d1e72605a3b71ca70363dc355614082781780fab53239914e6d404c46ff27"
+    assert hashlib.sha256(texts.encode()).hexdigest() == golden
+
+
+def test_other_prompts_or_labels_are_another_identity(given, tmp_path, monkeypatch):
+    before = _open(given).identity()
+    other = tmp_path / "prompts.json"
+    other.write_text(babilong_facts._OFFICIAL.read_text() + "\n")
+    monkeypatch.setattr(babilong_facts, "_OFFICIAL", other)
+    assert _open(given).identity() != before
+
+
+def test_lengths_that_with_an_answer_exceed_a_models_positions_are_refused(given):
+    task = _open(given, lengths=("1k", "2k"))
+    task.check(2020)
+    with pytest.raises(UserError, match="2000 tokens and 20 new ones are more than") as caught:
+        task.check(2019)
+    assert (caught.value.where, caught.value.fix) == ("--lengths", "use at most 1999")
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_a_document_holds_a_training_question_with_its_facts_in_order(given, tmp
     assert _command(given, tmp_path / "a.jsonl") == 0
     every = babilong_facts.read(given.facts / "qa1_single-supporting-fact_train.txt")
     rows = _rows(tmp_path / "a.jsonl")
-    assert [row["id"] for row in rows[:2]] == ["babilong-qa1-256-0", "babilong-qa4-256-1"]
+    assert [row["id"] for row in rows[:2]] == ["babilong-qa1-256-0-0", "babilong-qa4-256-0-1"]
     for row in rows[::2]:
         context, question = row["prompt"].split("\n</context>\n\nQuestion: ")
         assert any(

@@ -91,7 +91,8 @@ def test_the_commands_of_tasks_run_in_order(place, hub, capsys):
     found = read(place / "results/demo/report.json")
     names = {row["task"] for row in found["results"]}
     assert names == {*tasks.PAPER, "position"}
-    assert None not in found["table_1"]["ours"]
+    (ours,) = found["table_1"]["ours"]
+    assert None not in ours["values"]
     assert [curve["name"] for curve in found["curves"]] == ["position 256", "position 1k"]
     local = read(place / "results/local/report.json")
     assert {row["identity"]["samples"] for row in local["results"]} == {4}

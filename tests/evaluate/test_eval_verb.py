@@ -23,12 +23,14 @@ def test_local_benchmarks_are_scored_and_taken_up_again(tiny_model, tmp_path, ca
     assert code == 0
     assert "| piqa | acc " in page
     assert "warning: piqa: " in told
-    row = json.loads((tmp_path / "out/cells/piqa.json").read_text())
+    (first,) = (tmp_path / "out/cells").iterdir()
+    row = json.loads(first.read_text())
     assert row["identity"]["max_length"] == 32
     assert row["result"]["truncated"] > 0
     code, page, told = run(capsys, *words)
     assert "there already" not in told
-    row = json.loads((tmp_path / "out/cells/piqa.json").read_text())
+    (other,) = {*(tmp_path / "out/cells").iterdir()} - {first}
+    row = json.loads(other.read_text())
     assert row["identity"]["max_length"] == 64  # of its training
     code, again, told = run(capsys, *words)
     assert (again, "piqa: there already" in told) == (page, True)
@@ -41,6 +43,14 @@ def test_local_benchmarks_are_scored_and_taken_up_again(tiny_model, tmp_path, ca
         (["--tasks", "piqa", "--lengths", "4k"], "none of the tasks reads --lengths"),
         (["--tasks", "piqa", "--data", "m.json"], "none of the tasks reads --data"),
         (["--tasks", "piqa", "--sequences", "3"], "--sequences is for held-out data"),
+        (["--tasks", "piqa", "--sequences", "0"], "--sequences is for held-out data"),
+        (
+            ["--tasks", "piqa", "--validation-fraction", "0"],
+            "--validation-fraction is for held-out data",
+        ),
+        (["--tasks", "position", "--batch", "2"], "none of the tasks reads --batch"),
+        (["--tasks", "position", "--text", "a", "--data", "m.json"], "documents are given twice"),
+        (["--tasks", "niah_pk", "--essays", "a"], "niah_pk reads no essays"),
         (["--data", "m.json", "--samples", "3"], "--samples says nothing without --tasks"),
         (["--data", "m.json", "--few-shot", "3"], "--shots says nothing without --tasks"),
         (["--tasks", "piqa", "--paper-size", "1B"], "the paper has no models of 1B"),

@@ -83,6 +83,34 @@ def test_data_out_of_reach_names_the_set_and_the_way_around(monkeypatch):
     assert "--task-data" in caught.value.fix
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_what_lm_eval_itself_fails_at_is_told_as_that(local, data, monkeypatch):
+    import lm_eval.tasks
+
+    def refuse(*_, **__):
+        raise OSError("no such include") if local else AttributeError("'Task' has no 'load'")
+
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "load", refuse)
+    with pytest.raises(TitansError, match=r"lm-eval 0\.4\.\d+ could not open its own") as caught:
+        open_one("piqa", task_data=data if local else None)
+    assert caught.value.exit_code == 1
+
+
+def test_errors_of_the_hubs_client_are_of_the_hub():
+    from huggingface_hub.errors import RevisionResolutionError
+
+    assert harness._is_of_the_hub(RevisionResolutionError("gone"))
+    assert not harness._is_of_the_hub(KeyError("piqa"))
+
+
+def test_a_maximal_length_beyond_the_models_positions_is_refused(data):
+    task = open_one("piqa", task_data=data)
+    task.check(64)
+    with pytest.raises(UserError, match="64 tokens are more than the model's 63") as caught:
+        task.check(63)
+    assert caught.value.where == "--max-length"
+
+
 def test_a_missing_harness_names_the_extra(monkeypatch):
     def absent(name):
         raise ImportError(f"No module named {name!r}")

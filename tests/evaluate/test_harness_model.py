@@ -11,7 +11,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models import huggingface
 from tiny import WORDS
 from tiny_model import write_model
-from transformers import dynamic_module_utils
 
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.evaluate import harness, loaded
@@ -31,12 +30,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(tiny_model, tmp_path_factory):
+def reference(tiny_model):
     """lm-eval's own model on the exported directory, with the directory's code."""
-    with pytest.MonkeyPatch.context() as patch:
-        modules = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules)
-        yield make_reference(tiny_model)
+    return make_reference(tiny_model)
 
 
 def make_reference(directory):

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import TitansError, UserError
@@ -25,17 +26,11 @@ def foreign(copy):
 def test_a_model_comes_with_what_its_export_tells(tiny_model):
     model = loaded.load(tiny_model, device="cpu")
     assert not model.network.training
-    assert (model.dtype, model.longest, model.facts["step"]) == ("float32", None, 7)
-    assert model.fingerprint == loaded.fingerprint(tiny_model)
+    assert (model.dtype, model.longest) == ("float32", None)
+    assert loaded.facts(tiny_model)["step"] == 7
     assert loaded.trained_length(tiny_model) == 64
     numbers = sum(parameter.numel() for parameter in model.network.parameters())
     assert loaded.parameters(tiny_model) == numbers
-
-
-def test_another_dtype_can_be_asked_for(tiny_model):
-    assert loaded.load(tiny_model, device="cpu", dtype="bfloat16").dtype == "bfloat16"
-    with pytest.raises(UserError, match="'int8' is unknown"):
-        loaded.load(tiny_model, device="cpu", dtype="int8")
 
 
 def test_another_manifest_is_another_model(copy):
@@ -46,16 +41,43 @@ def test_another_manifest_is_another_model(copy):
     assert loaded.fingerprint(copy) != before
 
 
-def test_without_a_manifest_settings_and_sizes_tell_models_apart(foreign):
+def _changed(path):
+    """Another byte at a file's end, its size as it was."""
+    contents = path.read_bytes()
+    path.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
+
+
+def test_without_a_manifest_the_bytes_of_what_decides_results_tell_models_apart(foreign):
     assert (loaded.facts(foreign), loaded.trained_length(foreign)) == ({}, None)
     prints = [loaded.fingerprint(foreign)]
-    settings = json.loads((foreign / "config.json").read_text())
-    (foreign / "config.json").write_text(json.dumps(settings | {"chunk_size": 8}))
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        _changed(foreign / name)
+        prints.append(loaded.fingerprint(foreign))
+    _changed(next(iter(foreign.glob("*.py"))))
     prints.append(loaded.fingerprint(foreign))
-    with open(foreign / "model.safetensors", "ab") as handle:
-        handle.write(b"\0")
-    prints.append(loaded.fingerprint(foreign))
-    assert len(set(prints)) == 3
+    assert len(set(prints)) == 6
+    (foreign / "README.md").write_text("of no importance")
+    assert loaded.fingerprint(foreign) == prints[-1]
+
+
+def test_a_model_of_another_kind_is_compared_with_its_manifest(foreign):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_hidden_layers=1, **sizes))
+    network.save_pretrained(foreign)
+    names = [path.name for path in foreign.iterdir()]
+    records = [manifest.record_file(foreign, name) for name in names]
+    manifest.write(foreign, records, {"format": "titans-export/1"})
+    assert loaded.load(foreign, device="cpu").longest == 2048
+    _changed(foreign / "model.safetensors")
+    with pytest.raises(UserError, match=r"damaged: model\.safetensors differs"):
+        loaded.load(foreign, device="cpu")
+
+
+def test_positions_are_those_of_the_configuration(foreign):
+    assert loaded.positions(foreign) is None
+    for name in ("max_position_embeddings", "n_positions"):
+        (foreign / "config.json").write_text(json.dumps({name: 77}))
+        assert loaded.positions(foreign) == 77
 
 
 @pytest.mark.parametrize("contents", [b"", b"\x04\0\0\0\0\0\0\0[1]]", b"\x02\0\0\0\0\0\0\0{}"])

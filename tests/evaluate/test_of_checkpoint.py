@@ -1,8 +1,11 @@
 """``titans eval-checkpoint``: a run's checkpoint scored, once, and kept beside the metrics."""
 
+import contextlib
 import fcntl
 import json
 import shutil
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +16,7 @@ from titans_pretrain import config as run_config
 from titans_pretrain.checkpoint import evaluations, manifest
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.evaluate import of_checkpoint
+from titans_pretrain.files import write_json
 
 
 @pytest.fixture
@@ -42,12 +46,45 @@ def scored(monkeypatch):
     """The places in which something was scored; without a model."""
     places = []
 
-    def score(checkpoint, place, config, choose, device):
+    def score(checkpoint, place, config, tasks, device, results, keep):
         places.append(place)
-        return {"heldout": {"loss": 2.0, "tokens": 7}}
+        results["heldout"] = {"loss": 2.0, "tokens": 7}
 
     monkeypatch.setattr(of_checkpoint, "_score", score)
     return places
+
+
+@pytest.fixture(autouse=True)
+def data(request, monkeypatch):
+    """Stands in for the fingerprint of the data; a test may change it."""
+    data = SimpleNamespace(fingerprint="f" * 64)
+    if "trained" not in request.fixturenames:
+        monkeypatch.setattr(of_checkpoint, "_fingerprint", lambda manifest: data.fingerprint)
+    return data
+
+
+@dataclass
+class Toy:
+    """A task whose one cell is written as it is told."""
+
+    name: str
+    content: str = "first"
+
+    def identity(self):
+        return {"content": self.content}
+
+    def cells(self):
+        return [""]
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """The tasks by name that are opened in the place of the real ones."""
+    toys = {name: Toy(name) for name in ("piqa", "boolq")}
+    monkeypatch.setattr(
+        of_checkpoint.task_names, "parse", lambda text, _: [toys[n] for n in text.split(",")]
+    )
+    return toys
 
 
 def asked(run, **more):
@@ -57,12 +94,12 @@ def asked(run, **more):
     return config.model_copy(update={"pipeline": told})
 
 
-def nothing(model):
-    raise AssertionError("no tasks are asked for")
-
-
 def evaluate(checkpoint, **more):
-    return of_checkpoint.evaluate(checkpoint, asked(checkpoint.parent.parent, **more), nothing)
+    return of_checkpoint.evaluate(checkpoint, asked(checkpoint.parent.parent, **more))
+
+
+def workplaces(run):
+    return sorted((run / "evaluations").glob(".step-3-*"))
 
 
 def test_the_loss_of_a_checkpoint_is_the_runs_validation_loss(
@@ -94,7 +131,19 @@ def test_the_same_again_does_nothing_and_another_evaluation_takes_its_place(chec
     assert len(scored) == 2
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_was(checkpoint, scored, monkeypatch):
+def test_other_data_at_the_same_place_is_scored_anew(checkpoint, scored, data, toys):
+    evaluate(checkpoint, tasks=["piqa"])
+    data.fingerprint = "e" * 64
+    evaluate(checkpoint, tasks=["piqa"])
+    assert len(scored) == 2
+    toys["piqa"].content = "second"
+    evaluate(checkpoint, tasks=["piqa"])
+    assert len(scored) == 3
+    evaluate(checkpoint, tasks=["piqa"])
+    assert len(scored) == 3
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(run, checkpoint, scored, monkeypatch):
     score = of_checkpoint._score
 
     def killed(checkpoint, place, *more):
@@ -105,30 +154,55 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(checkpoint, scored, monk
     with pytest.raises(KeyboardInterrupt):
         evaluate(checkpoint)
     monkeypatch.setattr(of_checkpoint, "_score", score)
-    place = evaluations.workplace(checkpoint.parent.parent, 3, evaluations.identity(checkpoint))
+    (place,) = workplaces(run)
     assert (place / "model").is_dir()
+    evaluate(checkpoint, sequences=8)  # of other settings: it goes on with nothing of that
+    assert scored[0] != place
     evaluate(checkpoint)
-    assert scored == [place]
-    assert not place.exists()
+    assert scored[1:] == [place]
+    assert workplaces(run) == []
 
 
-def test_what_fails_for_good_is_put_down_and_may_be_tried_by_hand(
-    run, checkpoint, scored, monkeypatch
-):
-    score = of_checkpoint._score
-
-    def unfit(*_):
-        raise UserError("the data does not fit", where="data.manifest", fix="give another")
-
-    monkeypatch.setattr(of_checkpoint, "_score", unfit)
-    with pytest.raises(UserError, match="does not fit"):
-        evaluate(checkpoint)
-    assert evaluations.of_step(run, 3).failure == (
-        "the data does not fit; data.manifest; give another"
-    )
+def test_a_bad_configuration_is_put_down_at_once(run, checkpoint, scored):
+    with pytest.raises(UserError, match="unrecognized arguments"):
+        evaluate(checkpoint, tasks=["piqa"], options=["--sampels=4"])
+    found = evaluations.of_step(run, 3)
+    assert found.failure.startswith("pipeline.eval.options: unrecognized arguments: --sampels=4")
     assert evaluations.awaited(run, 3, 4) == []
-    monkeypatch.setattr(of_checkpoint, "_score", score)
     assert evaluate(checkpoint).metrics == {"heldout/loss": 2.0}
+    with pytest.raises(UserError, match="unrecognized arguments"):
+        evaluate(checkpoint, tasks=["piqa"], options=["--sampels=4"])
+    assert evaluations.of_step(run, 3).metrics == {"heldout/loss": 2.0}  # what is known stays
+
+
+@pytest.mark.parametrize("where", ["_opened", "_contents", "_score"])
+def test_data_that_cannot_be_reached_now_is_tried_again(
+    run, checkpoint, monkeypatch, scored, where
+):
+    def unreachable(*_):
+        raise UserError("the Hub was not reached", where="piqa", fix="mend the network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of_checkpoint, where, unreachable)
+        with pytest.raises(UserError, match="not reached"):
+            evaluate(checkpoint)
+    assert evaluations.read(run) == []
+    assert evaluations.awaited(run, 3, 4) == [3]
+    assert evaluate(checkpoint).metrics == {"heldout/loss": 2.0}
+
+
+def test_of_a_failure_the_finished_parts_are_told_when_it_is_given_up(run, checkpoint, monkeypatch):
+    def score(checkpoint, place, config, tasks, device, results, keep):
+        results["heldout"] = {"loss": 2.0}
+        raise TitansError("piqa: out of memory")
+
+    monkeypatch.setattr(of_checkpoint, "_score", score)
+    with pytest.raises(TitansError, match="out of memory"):
+        evaluate(checkpoint)
+    evaluations.fail(run, 3, evaluations.identity(checkpoint), "3 jobs ended without a result")
+    found = evaluations.of_step(run, 3)
+    assert found.metrics == {"heldout/loss": 2.0}
+    assert found.failure == "3 jobs ended without a result; piqa: out of memory"
 
 
 def test_what_may_go_well_another_time_is_not_put_down(run, checkpoint, monkeypatch):
@@ -146,29 +220,52 @@ def test_the_result_of_a_checkpoint_that_gave_way_does_not_count(run, checkpoint
     def replaced(*_):
         manifest = checkpoint / "manifest.json"
         manifest.write_text(manifest.read_text() + " ")
-        return {"heldout": {"loss": 2.0}}
 
     monkeypatch.setattr(of_checkpoint, "_score", replaced)
     with pytest.raises(TitansError, match="gave way"):
         evaluate(checkpoint)
     assert evaluations.read(run) == []
+    assert workplaces(run) == []
 
 
-def test_two_processes_do_not_evaluate_the_same_checkpoint(run, checkpoint, scored):
-    place = evaluations.workplace(run, 3, evaluations.identity(checkpoint))
-    place.mkdir(parents=True)
-    with open(place / ".lock", "a") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process evaluates"):
-            evaluate(checkpoint)
+def test_two_processes_do_not_evaluate_the_same_checkpoint(run, checkpoint, scored, monkeypatch):
+    @contextlib.contextmanager
+    def beside(place):
+        place.mkdir(parents=True)
+        with open(place / ".lock", "a") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with alone(place):
+                yield
+
+    alone = of_checkpoint._alone
+    monkeypatch.setattr(of_checkpoint, "_alone", beside)
+    with pytest.raises(UserError, match="another process evaluates"):
+        evaluate(checkpoint)
     assert scored == []
     assert evaluations.read(run) == []
+
+
+def test_a_process_that_comes_late_takes_the_result_of_the_other(
+    run, checkpoint, scored, monkeypatch
+):
+    @contextlib.contextmanager
+    def after_the_other(place):
+        monkeypatch.setattr(of_checkpoint, "_alone", alone)
+        evaluate(checkpoint)
+        with alone(place):
+            yield
+
+    alone = of_checkpoint._alone
+    monkeypatch.setattr(of_checkpoint, "_alone", after_the_other)
+    assert evaluate(checkpoint).metrics == {"heldout/loss": 2.0}
+    assert len(scored) == 1
+    assert workplaces(run) == []
 
 
 @pytest.mark.parametrize("path", ["run", "run/checkpoints/latest", "elsewhere/step-3"])
 def test_only_a_checkpoint_of_a_run_is_taken(run, tmp_path, path):
     with pytest.raises(UserError, match="no checkpoint of a run"):
-        of_checkpoint.evaluate(tmp_path / path, asked(run), nothing)
+        of_checkpoint.evaluate(tmp_path / path, asked(run))
 
 
 def test_the_options_of_tasks_are_checked(run, checkpoint, capsys):
@@ -179,21 +276,80 @@ def test_the_options_of_tasks_are_checked(run, checkpoint, capsys):
     assert "pipeline.eval.options: unrecognized arguments: --sampels=4" in capsys.readouterr().err
 
 
-def test_tasks_are_scored_beside_held_out_data(run, checkpoint, monkeypatch):
-    from titans_pretrain.evaluate import heldout, suite
+@pytest.fixture
+def parts(monkeypatch):
+    """Stands in for export, held-out loss and tasks; counts their calls."""
+    from titans_pretrain.evaluate import heldout, loaded, suite
     from titans_pretrain.export import huggingface
 
-    found = [
-        {"task": "piqa", "cell": "", "result": {"accuracy": 0.5, "samples": 4}},
-        {"task": "babilong_qa1", "cell": "1k", "result": {"accuracy": 0.25, "loss": None}},
-    ]
-    monkeypatch.setattr(huggingface, "export", lambda *_, **__: None)
-    monkeypatch.setattr(heldout, "evaluate", lambda *_, **__: {"loss": 2.0})
-    monkeypatch.setattr(suite, "evaluate", lambda model, out, tasks, **_: {"results": found})
-    config = asked(run, tasks=["piqa"])
-    done = of_checkpoint.evaluate(checkpoint, config, lambda model: [])
-    assert done.metrics == {
-        "heldout/loss": 2.0,
-        "piqa/accuracy": 0.5,
-        "babilong_qa1-1k/accuracy": 0.25,
-    }
+    parts = SimpleNamespace(heldout=0, failing="")
+
+    def export(checkpoint, model, **_):
+        model.mkdir(exist_ok=True)
+
+    def held_out(model, out, *_, **__):
+        parts.heldout += 1
+        out.mkdir()
+        write_json(out / "heldout.json", {"format": heldout.FORMAT, "loss": 2.0})
+        return {"loss": 2.0}
+
+    def score(model, out, tasks, **_):
+        cells = out / suite.CELLS
+        cells.mkdir(parents=True, exist_ok=True)
+        for name in ("left", *(task.name for task in tasks)):
+            if name == parts.failing:
+                raise TitansError(f"{name}: no answer")
+            found = {"task": name, "cell": "", "model": "m", "result": {"accuracy": 0.5, "n": 4}}
+            write_json(cells / f"{name}.json", {"format": suite.FORMAT, **found})
+
+    monkeypatch.setattr(huggingface, "export", export)
+    monkeypatch.setattr(heldout, "evaluate", held_out)
+    monkeypatch.setattr(suite, "evaluate", score)
+    monkeypatch.setattr(loaded, "fingerprint", lambda model: "m")
+    return parts
+
+
+def test_tasks_are_scored_beside_held_out_data_and_none_that_was_not_asked_for(
+    checkpoint, parts, toys
+):
+    found = evaluate(checkpoint, tasks=["piqa", "boolq"])
+    assert found.metrics == {"heldout/loss": 2.0, "piqa/accuracy": 0.5, "boolq/accuracy": 0.5}
+    assert found.settings["identities"].keys() == {"piqa", "boolq"}
+
+
+def test_another_try_takes_what_is_finished_also_after_it_was_given_up(
+    run, checkpoint, parts, toys
+):
+    parts.failing = "boolq"
+    with pytest.raises(TitansError, match="no answer"):
+        evaluate(checkpoint, tasks=["piqa", "boolq"])
+    evaluations.fail(run, 3, evaluations.identity(checkpoint), "given up")
+    assert evaluations.of_step(run, 3).metrics == {"heldout/loss": 2.0, "piqa/accuracy": 0.5}
+    (place,) = workplaces(run)
+    assert not (place / "model").exists()
+    parts.failing = ""
+    assert "boolq/accuracy" in evaluate(checkpoint, tasks=["piqa", "boolq"]).metrics
+    assert parts.heldout == 1
+
+
+def test_an_export_of_another_version_in_the_workplace_gives_way(tmp_path, monkeypatch):
+    from titans_pretrain.export import huggingface
+
+    model, calls = tmp_path / "model", []
+
+    def export(checkpoint, out, **_):
+        calls.append(out)
+        if out.exists():
+            raise UserError(f"{out} exists, and is not this export")
+        out.mkdir()
+
+    model.mkdir()
+    monkeypatch.setattr(huggingface, "export", export)
+    of_checkpoint._export(tmp_path, model, "float32")
+    assert len(calls) == 2
+    monkeypatch.setattr(
+        huggingface, "export", lambda *_, **__: (_ for _ in ()).throw(UserError("no"))
+    )
+    model.rmdir()
+    with pytest.raises(UserError, match="no"):
+        of_checkpoint._export(tmp_path, model, "float32")

@@ -9,6 +9,8 @@ import torch
 from tiny import MODEL, prepare
 from tiny_model import write_model
 
+from titans_pretrain.baselines.configuration_baseline import BaselineConfig
+from titans_pretrain.baselines.modeling_baseline import BaselineForCausalLM
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.evaluate import heldout, loaded, position, position_text
 from titans_pretrain.evaluate.position_text import Document, TextFiles
@@ -49,6 +51,16 @@ def test_a_network_without_a_cache_to_go_on_from_reads_all_at_once():
             return SimpleNamespace(logits=network(ids, use_cache=False).logits)
 
     ((first, losses),) = position.token_losses(Bare(), tokens, 6)
+    assert first == 0
+    torch.testing.assert_close(losses, _one_shot(network, tokens))
+
+
+def test_the_own_baselines_which_refuse_to_keep_a_cache_read_all_at_once():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    network = BaselineForCausalLM(BaselineConfig(num_hidden_layers=1, **sizes)).eval()
+    tokens = torch.randint(0, 300, (21,))
+    ((first, losses),) = position.token_losses(network, tokens, 6)
     assert first == 0
     torch.testing.assert_close(losses, _one_shot(network, tokens))
 
@@ -124,6 +136,15 @@ def test_losses_that_are_not_finite_and_lengths_beyond_the_model_are_errors(loss
         _run(([1, 2, 3, 5, 6], None, False), longest=4)
 
 
+def test_lengths_beyond_a_models_positions_are_refused_before_it_is_loaded():
+    task = position.PositionTask(_Given(), Options(lengths=("4", "8")))
+    task.check(8)
+    task.check(None)
+    with pytest.raises(UserError, match="8 tokens are more than the model's 7") as caught:
+        task.check(7)
+    assert (caught.value.where, caught.value.fix) == ("--lengths", "use at most 7")
+
+
 class _Letters:
     eos_token_id = 0
 
@@ -181,11 +202,14 @@ def test_the_identity_tells_the_texts_and_the_samples(tmp_path):
     assert first == identity("text", lengths=("8",))
     assert first != identity("other")
     assert first != identity("text", samples=3)
+    assert first["definition"] == 1
 
 
 def test_the_task_needs_text_or_data_and_lengths_above_zero(tmp_path):
     with pytest.raises(UserError, match="no long documents"):
         position.open_tasks(["position"], Options())
+    with pytest.raises(UserError, match="given twice"):
+        position.open_tasks(["position"], Options(text=(Path(__file__),), data="missing.json"))
     with pytest.raises(UserError, match="no tokens"):
         position.open_tasks(["position"], Options(text=(Path(__file__),), lengths=("0k",)))
 

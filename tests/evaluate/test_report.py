@@ -16,8 +16,8 @@ def model(tmp_path, monkeypatch):
     return directory
 
 
-def cell(task, name="", *, samples=10, max_length=None, shots=None, **metrics):
-    identity = {"samples": samples, "max_length": max_length, "shots": shots}
+def cell(task, name="", *, samples=10, max_length=None, shots=None, more=None, **metrics):
+    identity = {"samples": samples, "max_length": max_length, "shots": shots, **(more or {})}
     return {
         "task": task,
         "cell": name,
@@ -71,8 +71,51 @@ def test_every_number_comes_with_its_settings(model):
     found = report.compare(model, NINE, paper_size=None)
     (told,) = row(report.page(found), "arc_challenge")
     assert told[2] == "samples 10, shots 0, max length 4,096, truncated 3"
-    for task, settings in found["table_1"]["settings"].items():
+    (ours,) = found["table_1"]["ours"]
+    for task, settings in ours["settings"].items():
         assert {"samples", "max_length", "shots"} <= set(settings), task
+
+
+def test_all_that_a_number_depends_on_is_told_hashes_by_their_beginnings(model):
+    more = {"seed": 3, "essays": ["a" * 64, "b" * 64], "lm_eval": "0.4.13", "definition": 1}
+    cells = [cell("niah_number", "2048", accuracy=1.0, samples=9, more=more)]
+    page = report.page(report.compare(model, cells, paper_size=None))
+    wanted = "samples 9, seed 3, essays aaaaaaaa bbbbbbbb, lm eval 0.4.13, definition 1"
+    assert row(page, "niah_number 2048")[0][2] == wanted
+    assert f"(1) {wanted}; samples by length: 2048 9." in page
+
+
+def test_what_the_paper_leaves_open_or_misprints_is_told(model):
+    cells = [*NINE, cell("niah_uuid", "2048", accuracy=1.0)]
+    page = report.page(report.compare(model, cells, paper_size="760M"))
+    assert "prints 47.32 as the average of TTT, its columns give 49.37" in page
+    assert "S-NIAH-W has UUIDs as values is our reading" in page
+    page = report.page(report.compare(model, cells, paper_size=None))
+    assert "its columns give 47.80; and 47.83 for Titans (LMM), its columns give 47.87" in page
+
+
+def test_table_1_has_a_row_for_each_length_and_the_most_samples_of_each_task(model):
+    cells = [
+        cell("piqa", acc=0.5, max_length=64, samples=100),
+        cell("piqa", acc=0.9, max_length=64, samples=3),
+        cell("piqa", acc=0.7, max_length=32, samples=3),
+    ]
+    page = report.page(report.compare(model, cells, paper_size=None))
+    found = {ours[0]: ours[4] for ours in row(page, "**this model**")}
+    assert found == {
+        "**this model** (max length 64)": "50.00",
+        "**this model** (max length 32)": "70.00",
+    }
+    assert len(row(page, "piqa")) == 3
+
+
+def test_needles_of_other_settings_are_rows_of_their_own(model):
+    cells = [
+        cell("niah_pk", "2048", accuracy=1.0, more={"seed": 0}),
+        cell("niah_pk", "4096", accuracy=0.5, more={"seed": 1}),
+    ]
+    page = report.page(report.compare(model, cells, paper_size=None))
+    assert [ours[1:3] for ours in row(page, "**this model**")] == [["100.00", "-"], ["-", "50.00"]]
 
 
 def test_needles_are_shown_at_the_papers_lengths_and_ours(model):
@@ -84,26 +127,70 @@ def test_needles_are_shown_at_the_papers_lengths_and_ours(model):
     assert row(page, "Titans (MAC)")[0][1:] == ["-", "99.20", "98.80", "99.00", "98.40"]
 
 
-def test_babilong_is_the_mean_of_the_questions_asked(model):
+FIVE = [cell(f"babilong_qa{n}", "4k", accuracy=n / 10) for n in range(1, 6)]
+HEAD = ["1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "512k", "1M", "10M"]
+
+
+def test_babilong_stands_beside_the_paper_where_all_of_its_questions_were_asked(model):
     cells = [
-        cell("babilong_qa1", "4k", accuracy=0.75),
-        cell("babilong_qa2", "4k", accuracy=0.25),
+        *FIVE,
+        cell("babilong_qa6", "4k", accuracy=0.9),
         cell("babilong_qa1", "1M", accuracy=0.1),
     ]
-    found = report.compare(model, cells, paper_size=None)
-    page = report.page(found)
-    (ours,) = row(page, "**this model**")
-    head = ["1k", "2k", "4k", "8k", "16k", "32k", "64k", "128k", "512k", "1M", "10M"]
-    assert ours[1:] == ["50.00" if at == "4k" else "10.00" if at == "1M" else "-" for at in head]
-    assert "(qa1, qa2)" in page
-    assert "Figure 6a" in page
+    page = report.page(report.compare(model, cells, paper_size=None))
+    beside, alone = page.split("Mean accuracy in percent of other sets of questions")
+    (ours,) = row(beside, "**this model**")
+    assert ours[1:] == ["30.00" if at == "4k" else "-" for at in HEAD]
+    assert len(row(beside, "Titans (MAC)")) == 1
+    assert "Figure 6a" in beside
     assert "Figure 6b" not in page
+    assert not row(alone, "Titans")
+    assert [ours[1:] for ours in row(alone, "**this model**")] == [["-", "10.00"], ["40.00", "-"]]
+    assert "(1) qa1; " in alone
+    assert "(2) qa1, qa2, qa3, qa4, qa5, qa6; " in alone
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"samples": 3},
+        {"more": {"seed": 1}},
+        {"more": {"background": ["b" * 64]}},
+        {"more": {"definition": 2}},
+    ],
+)
+def test_babilong_of_other_settings_is_a_row_of_its_own(other, model):
+    cells = [*FIVE, *(cell(one["task"], "8k", accuracy=1.0, **other) for one in FIVE)]
+    page = report.page(report.compare(model, cells, paper_size=None))
+    first, second = (ours[1:] for ours in row(page, "**this model**"))
+    assert first == ["30.00" if at == "4k" else "-" for at in HEAD]
+    assert second == ["100.00" if at == "8k" else "-" for at in HEAD]
+
+
+def test_fewer_questions_than_the_papers_stand_alone(model):
+    cells = [*FIVE[:4], cell("babilong_qa6", "4k", accuracy=0.5)]
+    page = report.page(report.compare(model, cells, paper_size=None))
+    assert len(row(page, "**this model**")) == 1
+    assert not row(page, "Titans")
+
+
+def test_questions_of_other_facts_are_not_mixed(model):
+    old, new = {"facts": "a" * 64}, {"facts": "b" * 64}
+    cells = [
+        cell("babilong_qa1", "1k", accuracy=0.1, more=old),
+        cell("babilong_qa1", "1k", accuracy=0.2, more=new),
+        cell("babilong_qa1", "2k", accuracy=0.3, more=old),
+        cell("babilong_qa1", "2k", accuracy=0.4, more=new),
+    ]
+    page = report.page(report.compare(model, cells, paper_size=None))
+    assert [ours[1:] for ours in row(page, "**this model**")] == [["20.00", "40.00"]]
 
 
 def test_a_fine_tuned_model_stands_beside_fine_tuned_ones(model):
-    cells = [cell("babilong_qa1", "10M", accuracy=0.5, shots=0)]
+    cells = [cell(one["task"], "10M", accuracy=0.5, shots=0) for one in FIVE]
     page = report.page(report.compare(model, cells, paper_size=None))
     assert "Figure 6b" in page
+    assert "Figure 6a" not in page
     assert row(page, "RMT")[0][-1] == "34.00"
 
 
@@ -129,7 +216,8 @@ def test_cells_are_ordered_by_their_lengths(name, tokens):
 
 
 def test_the_same_results_give_the_same_text_and_a_picture(model, tmp_path):
-    cells = [*NINE, cell("niah_pk", "2048", accuracy=1.0), cell("babilong_qa1", "1k", accuracy=1.0)]
+    cells = [*NINE, cell("niah_pk", "2048", accuracy=1.0), *FIVE]
+    cells.append(cell("babilong_qa1", "1k", accuracy=1.0))
     out = tmp_path / "out"
     out.mkdir()
     found = report.write(model, out, cells)

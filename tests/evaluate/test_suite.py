@@ -1,8 +1,11 @@
 """Several tasks: finished cells are kept, taken by the same command, and reported."""
 
+import fcntl
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +28,9 @@ class Task:
 
     def cells(self):
         return self._cells
+
+    def check(self, longest):
+        pass
 
     def run(self, model, cell, tell):
         if cell == "bad":
@@ -63,13 +69,21 @@ def model(tmp_path):
 
 
 def kept(out):
-    return sorted(path.name for path in (out / suite.CELLS).iterdir())
+    """Names of the cells, and that each has a hash in its file's."""
+    names = sorted(path.name for path in (out / suite.CELLS).iterdir())
+    assert all(re.fullmatch(r"[\w-]+\.[0-9a-f]{8}\.json", name) for name in names)
+    return [name.split(".")[0] for name in names]
+
+
+def cell(out, name):
+    (path,) = (out / suite.CELLS).glob(f"{name}.*")
+    return path
 
 
 def test_cells_and_report_are_written(model, tmp_path, loads, capsys):
     out = tmp_path / "out"
     found = suite.evaluate(model, out, [Task(), Task("pear", [""])], device="cpu")
-    assert kept(out) == ["apple-2048.json", "apple-4096.json", "pear.json"]
+    assert kept(out) == ["apple-2048", "apple-4096", "pear"]
     assert [(row["task"], row["cell"]) for row in found["results"]] == [
         ("apple", "2048"),
         ("apple", "4096"),
@@ -94,14 +108,61 @@ def test_the_same_command_runs_nothing_and_loads_nothing(model, tmp_path, loads,
     assert "apple-2048: there already" in capsys.readouterr().err
 
 
-def test_a_failed_cell_leaves_the_others_and_the_next_call_does_the_rest(model, tmp_path, loads):
+def test_a_failed_cell_is_told_and_the_rest_goes_on(model, tmp_path, loads, capsys):
+    class Worse(Task):
+        def run(self, model, cell, tell):
+            raise UserError("too long", where="--lengths", fix="less")
+
+    tasks = [Task(cells=["1", "bad", "2"]), Worse("pear", [""]), Task("plum", [""])]
     with pytest.raises(TitansError, match="apple-bad: the loss is nan") as caught:
-        suite.evaluate(model, tmp_path, [Task(cells=["1", "bad", "2"])])
+        suite.evaluate(model, tmp_path, tasks)
     assert (caught.value.where, caught.value.exit_code) == ("here", 1)
-    assert kept(tmp_path) == ["apple-1.json"]
+    assert kept(tmp_path) == ["apple-1", "apple-2", "plum"]
+    assert "not done: pear: too long" in capsys.readouterr().err
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["failed"] == ["apple-bad: the loss is nan", "pear: too long"]
+    assert len(found["results"]) == 3
+    page = (tmp_path / "report.md").read_text()
+    assert "- apple-bad: the loss is nan\n- pear: too long\n" in page
     rest = Task(cells=["1", "2"])
     suite.evaluate(model, tmp_path, [rest])
-    assert rest.ran == ["2"]
+    assert rest.ran == []
+    assert "Not done" not in (tmp_path / "report.md").read_text()
+
+
+def test_an_interrupted_call_leaves_a_report_of_what_is_done(model, tmp_path, loads):
+    class Interrupted(Task):
+        def run(self, model, cell, tell):
+            if cell == "2":
+                raise KeyboardInterrupt
+            return super().run(model, cell, tell)
+
+    with pytest.raises(KeyboardInterrupt):
+        suite.evaluate(model, tmp_path, [Interrupted(cells=["1", "2"])])
+    assert "| apple 1 | accuracy" in (tmp_path / "report.md").read_text()
+
+
+def test_what_a_model_cannot_do_is_refused_before_anything_is_done(model, tmp_path, loads):
+    class Long(Task):
+        def check(self, longest):
+            raise UserError(f"more than {longest}", where="--lengths", fix="less")
+
+    (model / "config.json").write_text('{"n_positions": 1024}')
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="more than 1024"):
+        suite.evaluate(model, out, [Task(), Long("pear")])
+    assert (loads, out.exists()) == ([], False)
+
+
+def test_what_killed_writers_of_reports_left_is_removed(model, tmp_path, loads):
+    left = tmp_path / f".report.md.{socket.gethostname()}-1-abcd.tmp"
+    busy = tmp_path / f".report.json.{socket.gethostname()}-1-abcd.tmp"
+    for path in (left, busy):
+        path.touch()
+    with open(busy) as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        suite.evaluate(model, tmp_path, [Task()])
+        assert (left.exists(), busy.exists()) == (False, True)
 
 
 def test_a_users_mistake_stays_one(model, tmp_path, loads):
@@ -117,6 +178,7 @@ def test_a_users_mistake_stays_one(model, tmp_path, loads):
     ("raised", "told"),
     [
         (RuntimeError("CUDA out of memory. Tried to allocate"), TitansError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"), TitansError),
         (MemoryError(), TitansError),
         (RuntimeError("shapes"), RuntimeError),
     ],
@@ -133,12 +195,23 @@ def test_a_task_that_does_not_fit_says_so(raised, told, model, tmp_path, loads):
         assert "--batch" in caught.value.fix
 
 
-def test_another_identity_runs_again(model, tmp_path, loads):
+def test_another_identity_runs_again_and_takes_no_earlier_results_place(model, tmp_path, loads):
     suite.evaluate(model, tmp_path, [Task(seed=0)])
-    other = Task(seed=1)
+    other, again = Task(seed=1), Task(seed=0)
     found = suite.evaluate(model, tmp_path, [other])
     assert other.ran == ["2048", "4096"]
-    assert all(row["identity"]["seed"] == 1 for row in found["results"])
+    assert [row["identity"]["seed"] for row in found["results"]] == [0, 1, 0, 1]
+    found = suite.evaluate(model, tmp_path, [again])
+    assert again.ran == []
+    assert [row["identity"]["seed"] for row in found["results"]] == [1, 0, 1, 0]  # wanted last
+
+
+def test_a_cell_under_its_name_alone_is_taken(model, tmp_path, loads):
+    suite.evaluate(model, tmp_path, [Task(cells=["1"])])
+    cell(tmp_path, "apple-1").rename(tmp_path / "cells/apple-1.json")
+    again = Task(cells=["1"])
+    found = suite.evaluate(model, tmp_path, [again])
+    assert (again.ran, len(found["results"])) == ([], 1)
 
 
 def test_another_model_runs_again_and_is_reported_alone(model, tmp_path, loads):
@@ -154,7 +227,7 @@ def test_another_model_runs_again_and_is_reported_alone(model, tmp_path, loads):
 @pytest.mark.parametrize("contents", ["", '{"format"', "[]", '{"format": "titans-eval-cell/1"}'])
 def test_a_damaged_cell_runs_again(contents, model, tmp_path, loads):
     suite.evaluate(model, tmp_path, [Task()])
-    (tmp_path / "cells/apple-2048.json").write_text(contents)
+    cell(tmp_path, "apple-2048").write_text(contents)
     again = Task()
     suite.evaluate(model, tmp_path, [again])
     assert again.ran == ["2048"]
@@ -191,12 +264,13 @@ loaded.load = lambda *_, **__: Network()
 write, when = suite.write_json, sys.argv[1]
 
 def dies(path, value):
-    if path.name == "apple-2.json" and when == "before":
+    second = path.name.startswith("apple-2.")
+    if second and when == "before":
         os.kill(os.getpid(), signal.SIGKILL)
-    if path.name == "apple-2.json" and when == "within":
+    if second and when == "within":
         os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     write(path, value)
-    if path.name == "apple-2.json":
+    if second:
         os.kill(os.getpid(), signal.SIGKILL)
 
 suite.write_json = dies
@@ -216,6 +290,6 @@ def test_a_killed_evaluation_loses_the_unfinished_cell_only(when, left, model, t
     rest = Task(cells=["1", "2", "3"])
     suite.evaluate(model, out, [rest])
     assert rest.ran == left
-    assert kept(out) == ["apple-1.json", "apple-2.json", "apple-3.json"]
-    rows = [json.loads((out / f"cells/apple-{n}.json").read_text()) for n in (1, 2, 3)]
+    assert kept(out) == ["apple-1", "apple-2", "apple-3"]
+    rows = [json.loads(cell(out, f"apple-{n}").read_text()) for n in (1, 2, 3)]
     assert all(row["result"]["accuracy"] == 0.5 for row in rows)

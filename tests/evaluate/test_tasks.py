@@ -21,7 +21,7 @@ def families(monkeypatch):
     """Two families whose tasks need nothing."""
     several = (
         Family(("apple", "pear"), frozenset({"samples"}), open_named),
-        Family(("plum",), frozenset({"lengths"}), open_named),
+        Family(("plum",), frozenset({"lengths", "batch"}), open_named),
     )
     monkeypatch.setattr(tasks, "FAMILIES", several)
     monkeypatch.setattr(tasks, "GROUPS", {"fruit": ("apple", "plum")})
@@ -55,6 +55,8 @@ def test_an_option_that_no_task_takes_is_refused(families):
     with pytest.raises(UserError, match="none of the tasks reads --samples") as caught:
         names("plum", samples=3)
     assert caught.value.fix == "leave it out, or add one of apple, pear"
+    with pytest.raises(UserError, match="none of the tasks reads --batch"):
+        names("apple", batch=2)
 
 
 def test_every_task_of_every_kind_has_a_name():

@@ -10,10 +10,10 @@ from tokenizer_models import train
 from transformers import AutoModelForCausalLM
 
 from titans_pretrain import config as run_config
-from titans_pretrain import generate
 from titans_pretrain.checkpoint.save import save
 from titans_pretrain.errors import UserError
 from titans_pretrain.export import huggingface
+from titans_pretrain.inference import generate
 from titans_pretrain.parallel.construct import construct
 from titans_pretrain.parallel.shards import FlatShard
 

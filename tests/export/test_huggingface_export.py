@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tokenizer_models import train
 
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import TitansError, UserError
-from titans_pretrain.export import huggingface, weights
+from titans_pretrain.export import huggingface, verification, weights
 from titans_pretrain.model import modeling_titans
 
 CODE = Path(modeling_titans.__file__).parent
@@ -149,9 +150,9 @@ def test_the_card_says_what_nobody_recorded(tmp_path, unproven):
 def test_a_run_means_its_newest_good_checkpoint(tmp_path, unproven):
     run = make_run(tmp_path / "run", step=10)
     newer = make_run(run, step=20) / "checkpoints" / "step-20"
-    assert huggingface.export(run, tmp_path / "a") == newer
+    assert huggingface.export(run, tmp_path / "a").checkpoint == newer
     (newer / "tensors.json").unlink()
-    assert huggingface.export(run, tmp_path / "b").name == "step-10"
+    assert huggingface.export(run, tmp_path / "b").checkpoint.name == "step-10"
     with pytest.raises(TitansError, match=r"damaged: tensors.json is missing"):
         huggingface.export(newer, tmp_path / "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "run"]
@@ -265,15 +266,53 @@ def test_bad_arguments_are_the_users_mistakes(run, tmp_path):
 
 def test_the_same_export_again_changes_nothing_and_another_is_refused(run, tmp_path, unproven):
     out = tmp_path / "out"
-    source = huggingface.export(run, out)
+    first = huggingface.export(run, out)
+    assert first.is_new
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert huggingface.export(run, out) == source
+    assert huggingface.export(run, out) == huggingface.Exported(first.checkpoint, is_new=False)
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
-    with pytest.raises(UserError, match="out exists"):
+    with pytest.raises(UserError, match=r"out exists.* its dtype is float32, not bfloat16"):
         huggingface.export(run, out, dtype="bfloat16")
-    (out / "config.json").unlink()
-    with pytest.raises(TitansError, match=r"damaged: config\.json is missing"):
+
+
+def test_an_export_by_another_version_or_of_other_code_is_another(
+    run, tmp_path, unproven, monkeypatch
+):
+    out = tmp_path / "out"
+    huggingface.export(run, out)
+    for name in ("version", "_code"):
+        with monkeypatch.context() as patch:
+            patch.setattr(huggingface, name, lambda _: "other")
+            told = f"its {name.strip('_')} is .*, not other"
+            with pytest.raises(UserError, match=f"out exists, and is not this export: {told}"):
+                huggingface.export(run, out)
+
+
+def test_a_changed_byte_of_what_is_there_is_found(run, tmp_path, unproven):
+    out = tmp_path / "out"
+    huggingface.export(run, out)
+    with open(out / "model.safetensors", "r+b") as handle:
+        handle.seek(-1, 2)
+        handle.write(b"\x7f")
+    with pytest.raises(TitansError, match=r"damaged: model\.safetensors differs"):
         huggingface.export(run, out)
+    (out / "model.safetensors").unlink()
+    with pytest.raises(TitansError, match=r"damaged: model\.safetensors is missing"):
+        huggingface.export(run, out)
+
+
+def test_what_cannot_be_read_is_not_told_as_a_full_disk(run, tmp_path, unproven, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(huggingface.weights, "write", refuse)
+    with pytest.raises(TitansError, match=r"cannot read .*step-30: Permission denied") as caught:
+        huggingface.export(run, tmp_path / "out")
+    assert "free space" not in caught.value.fix
+    monkeypatch.setattr(huggingface.weights, "write", lambda _, place, *__: refuse(place))
+    with pytest.raises(TitansError, match=r"cannot write .*out.*: Permission denied") as caught:
+        huggingface.export(run, tmp_path / "out")
+    assert caught.value.fix.startswith("free space")
 
 
 @pytest.mark.parametrize("kib", [64, 250])
@@ -289,6 +328,22 @@ def test_a_full_disk_leaves_nothing(kib, run, tmp_path, unproven):
         assert list(tmp_path.iterdir()) == []
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_model_of_few_positions_is_proven_within_them(tmp_path, monkeypatch):
+    seen = []
+
+    def logits(model, ids, read):
+        seen.append(tuple(ids.shape))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verification.reload, "logits", logits)
+    for longest in (32, 2048, None):
+        config = SimpleNamespace(vocab_size=10, max_position_embeddings=longest)
+        model = SimpleNamespace(config=config)
+        with pytest.raises(KeyboardInterrupt):
+            verification.verify(tmp_path, model, iter, torch.float32, b"")
+    assert seen == [(2, 32), (2, 69), (2, 69)]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "tokenizer.model"])

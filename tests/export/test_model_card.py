@@ -2,18 +2,35 @@ from titans_pretrain import config
 from titans_pretrain.export import model_card
 
 
-def test_the_card_tells_no_place_of_the_machine():
+def test_the_card_tells_nothing_of_the_machine_and_of_accounts():
     parts = [{"manifest": f"/secret/{n}/manifest.json", "weight": n} for n in (3, 1)]
     run = config.resolve(
         {
             "model": {},
             "data": {"mixture": parts, "sequence_length": 16, "cache": "/secret/cache"},
-            "train": {"steps": 1, "global_batch_size": 1, "learning_rate": 0.1},
-            "run": {"directory": "/secret/run"},
+            "train": {
+                "steps": 1,
+                "global_batch_size": 1,
+                "learning_rate": 0.1,
+                "init_from": "/secret/model",
+            },
+            "run": {"directory": "/secret/run", "wandb_project": "secret"},
+            "job": {
+                "account": "secret",
+                "environment": {"WANDB_API_KEY": "secret"},
+                "python": "/secret/python",
+                "local_directory": "/secret/scratch",
+            },
+            "pipeline": {
+                "export": {"directory": "/secret/model"},
+                "eval": {"tasks": ["position"], "options": ["--text=/secret/text"]},
+            },
         },
         source="test",
     )
     told = model_card._public(run)
-    assert "/secret" not in str(told)
+    assert list(told) == ["model", "data", "mesh", "train", "guard"]
+    assert "secret" not in str(told)
+    assert "/" not in str(told)
     assert told["data"]["mixture"] == [{"weight": 3.0}, {"weight": 1.0}]
     assert run.data.parts[0][0] == "/secret/3/manifest.json"

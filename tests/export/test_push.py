@@ -1,5 +1,7 @@
 """``titans export --push``, with the Hub's own client against a stand-in of the Hub."""
 
+from pathlib import Path
+
 import hub_server
 import huggingface_hub
 import pytest
@@ -26,9 +28,10 @@ def model(tmp_path, monkeypatch):
     for name in names:
         (directory / name).write_text(f"---\ntags: []\n---\n{name}")
     manifest.write(directory, [manifest.record_file(directory, name) for name in names], {})
-    monkeypatch.setattr(huggingface, "export", lambda *_, **__: "RUN")
+    done = huggingface.Exported(Path("RUN"), is_new=False)
+    monkeypatch.setattr(huggingface, "export", lambda *_, **__: done)
     yield directory
-    assert {path.name for path in directory.iterdir()} == {*names, "manifest.json"}
+    assert {path.name for path in directory.iterdir()} >= {*names, "manifest.json"}
 
 
 def test_every_file_comes_to_a_new_repository(hub, model, capfd):
@@ -37,6 +40,7 @@ def test_every_file_comes_to_a_new_repository(hub, model, capfd):
     assert hub.repositories == {"lab/titans": files}
     assert hub.private == set()
     told = capfd.readouterr()
+    assert f"{model}: is there already, from RUN; every byte is as it was made" in told.out
     assert f"pushed to {hub.endpoint}/lab/titans" in told.out
     assert TOKEN not in told.out + told.err
     assert f"Bearer {TOKEN}" in hub.tokens
@@ -48,10 +52,24 @@ def test_a_second_push_replaces_and_takes_outdated_weights_away(hub, model):
         "model.safetensors.index.json": b"old",
         "config.json": b"old",
         "LICENSE": b"theirs",
+        "model-of-another-kind.safetensors": b"theirs",
     }
     push.push(model, "lab/titans")
     files = {path.name: path.read_bytes() for path in model.iterdir()}
-    assert hub.repositories["lab/titans"] == files | {"LICENSE": b"theirs"}
+    theirs = {"LICENSE": b"theirs", "model-of-another-kind.safetensors": b"theirs"}
+    assert hub.repositories["lab/titans"] == files | theirs
+
+
+def test_what_the_manifest_does_not_name_is_told_and_not_pushed(hub, model, capfd):
+    names = {path.name for path in model.iterdir()}
+    (model / "notes.txt").write_text("mine")
+    (model / "optimizer").mkdir()
+    (model / "optimizer" / "config.json").write_text("mine")
+    push.push(model, "lab/titans")
+    assert hub.repositories["lab/titans"].keys() == names
+    told = capfd.readouterr().err
+    for stray in ("notes.txt", "optimizer"):
+        assert f"{model / stray} is not of the export, and not pushed" in told
 
 
 def test_a_damaged_export_is_not_pushed(hub, model):
@@ -119,3 +137,12 @@ def test_a_network_that_is_down_is_told(hub, model, monkeypatch):
     with pytest.raises(TitansError, match=r"was not pushed: the Hub was not reached") as caught:
         push.push(model, "lab/titans")
     assert caught.value.exit_code == 1
+
+
+def test_what_fails_elsewhere_is_not_laid_on_the_network(hub, model, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied", "model.safetensors")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fail)
+    with pytest.raises(TitansError, match=r"client failed: PermissionError: .*model.safetensors"):
+        push.push(model, "lab/titans")

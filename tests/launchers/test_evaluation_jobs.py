@@ -19,7 +19,9 @@ from titans_pretrain.errors import TitansError, UserError
 def config(run):
     plain = made(run.path)
     asked = {"eval": plain.pipeline.eval.model_copy(update={"every": 4, "at_once": 2})}
-    return plain.model_copy(update={"pipeline": plain.pipeline.model_copy(update=asked)})
+    told = {"pipeline": plain.pipeline.model_copy(update=asked)}
+    told["train"] = plain.train.model_copy(update={"steps": 20})
+    return plain.model_copy(update=told)
 
 
 @pytest.fixture
@@ -85,6 +87,13 @@ def test_no_more_wait_at_once_than_are_kept(run, slurm, watch):
     finish(run, 4)
     watch()
     assert stages(slurm) == ["eval-4", "eval-8", "eval-12"]
+
+
+def test_the_last_checkpoint_is_submitted_however_many_wait(run, slurm, watch):
+    for step in (4, 8, 12, 20):
+        checkpoint(run, step)
+    watch()
+    assert stages(slurm) == ["eval-4", "eval-8", "eval-12", "eval-20"]
 
 
 def test_what_is_done_is_not_submitted_by_the_next_attempt(run, slurm, watch):
@@ -214,6 +223,14 @@ def test_unknown_tasks_and_nothing_held_out_are_refused_before_the_run_is_queued
     with pytest.raises(UserError, match=r"pipeline\.eval\.tasks: 'piqqa' is no task") as caught:
         stage_checks.of_evaluations(resolved(tmp_path, tasks=["piqqa"]), ())
     assert "piqa" in caught.value.fix
+    for options, message in (
+        (["--sampels=4"], "unrecognized arguments: --sampels=4"),
+        (["--paper-size=340M"], "unrecognized arguments: --paper-size=340M"),
+        (["--lengths=4k"], "none of the tasks reads --lengths"),
+        (["--task-data=/nowhere/data"], "/nowhere/data does not exist"),
+    ):
+        with pytest.raises(UserError, match=rf"pipeline\.eval\.options: {message}"):
+            stage_checks.of_evaluations(resolved(tmp_path, tasks=["piqa"], options=options), ())
     config = resolved(tmp_path, tasks=["piqa"])
     manifest = Path(str(config.data.manifest))
     manifest.parent.mkdir()
@@ -226,6 +243,44 @@ def test_unknown_tasks_and_nothing_held_out_are_refused_before_the_run_is_queued
         stage_checks.of_evaluations(none, ())
     manifest.write_text('{"held_out": {"documents": 3}}')
     stage_checks.of_evaluations(none, ())
+
+
+def test_paths_of_options_mean_the_same_on_a_node(tmp_path, monkeypatch):
+    from launchers import submit
+
+    monkeypatch.chdir(tmp_path)
+    given = [
+        "--text=a.txt, b.txt",
+        "--samples=4",
+        "--task-data=data",
+        "--data=s3://a/manifest.json",
+    ]
+    config = submit.frozen(resolved(tmp_path, tasks=["piqa"], options=given))
+    assert config.pipeline.eval.options == [
+        f"--text={tmp_path}/a.txt,{tmp_path}/b.txt",
+        "--samples=4",
+        f"--task-data={tmp_path}/data",
+        "--data=s3://a/manifest.json",
+    ]
+
+
+def test_initial_weights_are_looked_at_before_the_run_is_queued(tmp_path):
+    config = resolved(tmp_path)
+    weights = tmp_path / "weights"
+    train = config.train.model_copy(update={"init_from": str(weights)})
+    config = config.model_copy(update={"train": train})
+    with pytest.raises(UserError, match="no such directory"):
+        stage_checks.of_initial_weights(config, tmp_path / "run")
+    weights.mkdir()
+    settings = {**config.model, "model_type": "titans"}
+    (weights / "config.json").write_text(json.dumps(settings | {"hidden_size": 8}))
+    with pytest.raises(UserError, match=r"model\.hidden_size: .* is not the 8 of the initial"):
+        stage_checks.of_initial_weights(config, tmp_path / "run")
+    (weights / "config.json").write_text(json.dumps(settings))
+    stage_checks.of_initial_weights(config, tmp_path / "run")
+    (weights / "config.json").unlink()
+    (tmp_path / "run" / "checkpoints" / "step-4").mkdir(parents=True)
+    stage_checks.of_initial_weights(config, tmp_path / "run")  # the run goes on from there
 
 
 def test_slurm_is_asked_about_the_evaluations_before_the_run_is_queued(tmp_path, slurm):

@@ -264,8 +264,8 @@ def test_a_run_alone_is_told_with_its_attempts_and_stages(run, slurm, capsys):
 
 
 def test_the_newest_evaluation_is_told_and_each_that_failed(run, slurm, capsys):
-    told = {"settings": {}, "results": {}}
-    for step, loss in ((4, 3.5), (8, 3.25)):
+    for step, loss, dtype in ((4, 3.5, "bfloat16"), (6, 3.4, "float32"), (8, 3.25, "float32")):
+        told = {"settings": {"dtype": dtype}, "results": {}}
         evaluations.write(run.path, step, "a", metrics={"heldout/loss": loss}, **told)
     evaluations.fail(run.path, 12, "a", "no data")
     run.job("7", "eval-16")
@@ -274,15 +274,16 @@ def test_the_newest_evaluation_is_told_and_each_that_failed(run, slurm, capsys):
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("evaluation of step 8:")
     assert lines[at + 1] == "  heldout/loss  3.2500"
-    assert lines[at + 2] == "evaluation of step 12 failed: no data"
+    assert lines[at + 2] == "evaluated with other settings than that: step 4"
+    assert lines[at + 3] == "evaluation of step 12 failed: no data"
     assert "eval-16  7    PENDING" in lines
     assert state_of(run).word == "not started"  # an evaluation is no sign of training
     assert cli.main(["status", "--json", str(run.path)]) == 0
-    assert json.loads(capsys.readouterr().out)["evaluations"] == [
-        {"step": 4, "metrics": {"heldout/loss": 3.5}, "failure": None},
-        {"step": 8, "metrics": {"heldout/loss": 3.25}, "failure": None},
-        {"step": 12, "metrics": {}, "failure": "no data"},
-    ]
+    first, _, last, failed = json.loads(capsys.readouterr().out)["evaluations"]
+    told = {"failure": None, "settings": {"dtype": "bfloat16"}}
+    assert first == {"step": 4, "metrics": {"heldout/loss": 3.5}, **told}
+    assert last["settings"] == {"dtype": "float32"}
+    assert failed == {"step": 12, "metrics": {}, "failure": "no data", "settings": {}}
 
 
 def test_json_is_one_object_a_run(run, slurm, capsys):

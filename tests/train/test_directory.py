@@ -1,4 +1,5 @@
 import errno
+import importlib.metadata
 import json
 import os
 
@@ -122,6 +123,57 @@ def test_a_key_of_another_version_is_told():
     assert changes({"train": {"old": 1}}, {"train": {}}, where="") == [
         "train.old is now 'absent', was 1"
     ]
+
+
+LLAMA = {"hf": "llama", "vocab_size": 64, "hidden_size": 96}
+OWN = {"hf": "titans_baseline", "mixers": ["window"], "vocab_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "key"),
+    [
+        (LLAMA, LLAMA | {"num_attention_heads": 12}, "model.num_attention_heads: 12 .* 32"),
+        (LLAMA | {"num_attention_heads": 12}, LLAMA, "model.num_attention_heads: 32 .* 12"),
+        (OWN, OWN | {"window_size": 512}, "model.window_size: 512 differs from 2048"),
+        (OWN | {"window_size": 512}, OWN, "model.window_size: 2048 differs from 512"),
+        (OWN, LLAMA, "model.hf: 'llama' differs from 'titans_baseline'"),
+    ],
+)
+def test_another_library_s_model_is_compared_by_the_defaults_of_its_own_class(first, then, key):
+    with pytest.raises(UserError, match=key):
+        changes({"model": first}, {"model": then}, where="")
+
+
+@pytest.mark.parametrize(
+    ("short", "same"),
+    [(LLAMA, {"num_attention_heads": 32, "rms_norm_eps": 1e-6}), (OWN, {"window_size": 2048})],
+)
+def test_a_default_of_another_library_s_model_may_be_given_or_left_out(short, same):
+    assert changes({"model": short}, {"model": short | same}, where="") == []
+    assert changes({"model": short | same}, {"model": short}, where="") == []
+
+
+def test_a_model_that_the_installed_library_no_longer_takes_is_told():
+    with pytest.raises(UserError, match=r"none any more: model\.old_key: LlamaConfig has no"):
+        changes({"model": LLAMA | {"old_key": 1}}, {"model": LLAMA}, where="")
+
+
+@pytest.mark.parametrize(
+    ("model", "trained", "told"), [(LLAMA, "4.0", 1), (LLAMA, None, 0), ({}, "4.0", 0)]
+)
+def test_another_version_of_the_library_is_told(tmp_path, model, trained, told):
+    settings = resolved(tmp_path, **({"model": model} if model else {}))
+    run = RunDirectory(tmp_path)
+    run.create()
+    run.begin(settings, "f")
+    now = importlib.metadata.version("transformers")
+    (run.checkpoints / "step-4").mkdir()
+    state = {"versions": {"transformers": trained or now}}
+    (run.checkpoints / "step-4" / "state.json").write_text(json.dumps(state))
+    (run.checkpoints / "step-6").mkdir()  # without a state, so an older one is asked
+    notes = run.check(settings, resume=True)
+    assert len(notes) == told
+    assert all(f"transformers is {now}, and the run was trained with 4.0" in n for n in notes)
 
 
 def forget_field(begun, name):

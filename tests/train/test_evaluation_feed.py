@@ -121,3 +121,30 @@ def test_a_start_and_a_rollback_undo_what_was_found_of_later_states(tmp_path, re
     event = {"step": 2, "event": "rollback", "from_step": 5, "position": 8}
     made.rollback(event | {"reason": "loss spike", "where": "rank 0"})
     assert [one.step for one in evaluations.read(tmp_path)] == [2]
+
+
+def test_what_a_rollback_undid_does_not_come_to_wandb(tmp_path, records):
+    made, got, _ = records(0)
+    for step in (2, 4):
+        finish(tmp_path, step)
+    made.sync()
+    event = {"step": 2, "event": "rollback", "from_step": 5, "position": 8}
+    made.rollback(event | {"reason": "loss spike", "where": "rank 0"})
+    for step in (3, 4):
+        made.step(row(step))
+    assert got == [row(3) | values(2), row(4)]
+
+
+def test_the_parts_of_a_failure_come_and_the_whole_after_it(tmp_path, feed):
+    place = evaluations.workplace(tmp_path, 4, "a", {})
+    place.mkdir(parents=True)
+    told = {"metrics": {"heldout/loss": 2.0}, "settings": {}, "results": {}}
+    evaluations.keep(place, **told, why="")
+    evaluations.fail(tmp_path, 4, "a", "a task failed")
+    feed.look()
+    assert feed.next() == values(4)
+    finish(tmp_path, 4)
+    feed.look()
+    assert feed.next() == values(4)
+    feed.look()
+    assert feed.next() == {}

@@ -187,6 +187,18 @@ def test_other_libraries_models_are_compared_by_their_own_keys(
     message = "model.num_key_value_heads: 1 is not the 2 of the initial weights"
     refused(lambda: check(keys | {"num_key_value_heads": 1}), message, "num_key_value_heads=2")
     refused(lambda: check(sections["model"]), "is of type 'llama', not 'titans'", "of the run's")
+    for key, value in (
+        ("rms_norm_eps", 1e-3),
+        ("attention_bias", True),
+    ):  # not among the run's keys
+        settings = json.loads((tmp_path / "model" / "config.json").read_text())
+        (tmp_path / "model" / "manifest.json").unlink(missing_ok=True)
+        (tmp_path / "model" / "config.json").write_text(json.dumps(settings | {key: value}))
+        refused(lambda: check(keys), f"model.{key}: .* is not the {value}", f"model.{key}=")
+        (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    free = {"initializer_range": 0.5, "use_cache": False, "transformers_version": "9"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings | free))
+    assert check(keys)["name"] == "model"
 
 
 def test_damaged_bytes_are_refused(model, check):
@@ -293,7 +305,9 @@ def test_a_run_begins_with_the_exported_bits_and_a_resumed_one_does_not_ask_for_
 
     before = read_state(checkpoint)["initial"]
     shutil.rmtree(model)
-    code, told, complaints = run.train("train.steps=3", "--init-from", str(model), "--resume")
+    changed = ("train.steps=3", "checkpoint.every=1", "pipeline.eval={every: 1}")
+    code, told, complaints = run.train(*changed, "--init-from", str(model), "--resume")
     assert code == 0, complaints
+    assert told.count("pipeline.eval.every has no effect here") == 1
     assert "train.init_from has no effect: a checkpoint is there" in told
     assert read_state(run.directory / "checkpoints" / "step-3")["initial"] == before

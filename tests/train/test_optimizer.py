@@ -36,6 +36,16 @@ def test_a_head_of_its_own_decays_and_a_tied_one_does_not():
     assert "model.embed_tokens.weight" not in optimizer.decayed(model())
 
 
+def test_the_experts_of_another_library_s_mixture_decay_like_other_projections():
+    network = torch.nn.Module()
+    network.gate = torch.nn.Linear(4, 2)
+    network.convolution = torch.nn.Conv1d(4, 4, 3)
+    network.experts = torch.nn.Module()
+    network.experts.down_proj = torch.nn.Parameter(torch.ones(2, 4, 4))
+    network.experts.down_proj_bias = torch.nn.Parameter(torch.ones(2, 4))
+    assert optimizer.matrices(network) == {"gate.weight", "experts.down_proj"}
+
+
 def test_every_parameter_is_in_one_group_with_the_run_s_settings():
     built = model()
     train = TrainSection(

@@ -3,9 +3,14 @@
 Shapes: B batch, H heads, T time, D width, h head width.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MAMBA2_A = (1.0, 16.0)  # Mamba2's A at the start
 
 
 class RMSNorm(nn.Module):
@@ -38,17 +43,29 @@ class SwiGLU(nn.Module):
         return out
 
 
-class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over time, then SiLU."""
+class CausalConvolution(nn.Module):
+    """Causal depthwise convolution over time."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=False)
+        self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, channels) to the same shape."""
         ahead = self.conv.kernel_size[0] - 1
-        return F.silu(self.conv(F.pad(x.transpose(1, 2), (ahead, 0)))).transpose(1, 2)
+        out: Tensor = self.conv(F.pad(x.transpose(1, 2), (ahead, 0))).transpose(1, 2)
+        return out
+
+
+class ShortConvolution(CausalConvolution):
+    """Causal depthwise convolution over time without bias, then SiLU."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__(channels, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, channels) to the same shape."""
+        return F.silu(super().forward(x))
 
 
 class WindowAttention(nn.Module):
@@ -85,6 +102,19 @@ class WindowAttention(nn.Module):
             )
         out: Tensor = self.o_proj(merged(torch.cat(outputs, 2)))
         return out
+
+
+@torch.no_grad()
+def begin_as_mamba_ssm(mixer: Any, residuals: int) -> None:
+    """Change new weights of transformers' Mamba or Mamba2 mixer where those of mamba-ssm differ.
+
+    Args:
+        mixer: its output projection is made smaller, and Mamba2's A is drawn.
+        residuals: sums into the residual of the whole model.
+    """
+    mixer.out_proj.weight /= math.sqrt(residuals)
+    if mixer.A_log.ndim == 1:  # Mamba2: one a head
+        mixer.A_log.uniform_(*MAMBA2_A).log_()
 
 
 def heads(x: Tensor, count: int) -> Tensor:

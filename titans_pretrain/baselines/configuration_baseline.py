@@ -30,7 +30,7 @@ class BaselineConfig(PretrainedConfig):
         intermediate_size: width of the SwiGLU layer.
         window_size: tokens that a window reaches, the token itself included.
         rope_theta: base of the rotary frequencies.
-        conv_width: taps of the short convolutions.
+        conv_width: taps of the causal convolutions.
         chunk_size: tokens a linear recurrence takes at once; changes rounding only.
         mini_batch_size: tokens whose gradients TTT takes at the same weights.
         inner_learning_rate: of TTT at a gate of one.
@@ -125,6 +125,12 @@ class BaselineConfig(PretrainedConfig):
             raise ValueError(f"memory_embeddings {self.memory_embeddings} is less than 0")
         if self.memory_embeddings and set(self.mixers) != {"window"}:
             raise ValueError(f"memory_embeddings need mixers ['window'], not {self.mixers}")
+        needed = self.segment_length + 2 * self.memory_embeddings
+        if self.memory_embeddings and self.window_size < needed:
+            raise ValueError(
+                f"window_size {self.window_size} does not reach over a segment and its memory: "
+                f"{needed} is the smallest (segment_length + 2 * memory_embeddings)"
+            )
 
 
 __all__ = ["BaselineConfig"]

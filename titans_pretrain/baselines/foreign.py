@@ -15,10 +15,16 @@ from titans_pretrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 KEY = "hf"
 OWN = {"titans_baseline": "titans_pretrain.baselines.modeling_baseline:BaselineForCausalLM"}
 NEEDS_GPU = ("fla",)  # packages whose layers are GPU kernels
+MAMBA = ("mamba", "mamba2")
+BROKEN = {  # by model_type
+    "rwkv": "divides its own weights when it is evaluated, and reads otherwise with its cache",
+    "recurrent_gemma": "reads otherwise with its cache than without, and with pads on the left",
+}
 EXTRA = "pip install 'titans-pretrain[gpu]'"
 OF_THE_TOKENIZER = ("pad_token_id", "bos_token_id", "eos_token_id")
 _SET_HERE = ("model_type", "use_cache", "dtype", "torch_dtype", *OF_THE_TOKENIZER)
@@ -33,14 +39,29 @@ def is_foreign(model: Mapping[str, Any]) -> bool:
 def resolve(given: Mapping[str, Any]) -> dict[str, Any]:
     """Check the keys of a model and fill in ``vocab_size``.
 
-    Defaults stay the library's own, as of the version that is installed.
+    The defaults of this package's own classes are filled in too. Those of a library stay its own,
+    as of the version that is installed.
 
     Raises:
         UserError: no such class or package, an unknown key, or a value that is not taken; ``where``
             is the key, such as ``model.hidden_size``.
     """
     config = configuration(given)
-    return {KEY: given[KEY], "vocab_size": config.vocab_size, **given}
+    filled = {KEY: given[KEY], "vocab_size": config.vocab_size}
+    if given[KEY] in OWN:
+        usual = _usual(type(config))
+        filled |= {name: getattr(config, name) for name in usual if name not in _SET_HERE}
+    return filled | dict(given)
+
+
+def complete(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of a model's configuration, those of the installed library's defaults too.
+
+    Raises:
+        UserError: see ``resolve``.
+    """
+    whole: dict[str, Any] = configuration(model).to_dict()
+    return {**whole, KEY: model[KEY]}
 
 
 def classes(name: Any) -> tuple[Any, Any]:
@@ -101,6 +122,7 @@ def configuration(model: Mapping[str, Any], **ids: int) -> Any:
 def build(model: Mapping[str, Any], seed: int) -> "nn.Module":
     """The whole model in float32 on the host, with its class's own initial weights of that seed.
 
+    Those of Mamba and Mamba2 are mamba-ssm's, see ``begin_as_mamba_ssm``.
     Every process that asks gets the same weights; the random state stays as it is.
 
     Raises:
@@ -108,9 +130,14 @@ def build(model: Mapping[str, Any], seed: int) -> "nn.Module":
     """
     import torch
 
+    from titans_pretrain.baselines.baseline_layers import begin_as_mamba_ssm
+
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = _build(model)
+        if network.config.model_type in MAMBA:
+            for layer in network.backbone.layers:
+                begin_as_mamba_ssm(layer.mixer, len(network.backbone.layers))
     check_state(network, type(network).__name__)
     return network
 
@@ -180,11 +207,11 @@ def name_of(model: Mapping[str, Any]) -> str:
     return name if ":" not in name else name.split(":")[1].removesuffix("ForCausalLM")
 
 
-def _build(model: Mapping[str, Any]) -> "nn.Module":
+def _build(model: Mapping[str, Any]) -> "PreTrainedModel":
     config = configuration(model)
     model_class, _ = classes(model[KEY])
     try:
-        network: nn.Module = model_class(config).float()
+        network: PreTrainedModel = model_class(config).float()
     except Exception as error:
         raise _refused(model_class.__name__, error) from error
     return network
@@ -226,6 +253,9 @@ def _check_key(name: str, value: Any, usual: Mapping[str, Any], of: str) -> None
     if name in _SET_HERE:
         why = "the tokenizer decides it" if name in OF_THE_TOKENIZER else "it is set here"
         raise _error(name, f"not to be given: {why}", "take it out")
+    if name == "rescale_prenorm_residual" and value:
+        what = "transformers would divide the weights again each time the model is loaded"
+        raise _error(name, what, "take it out: initial weights are rescaled without it")
     if name not in usual:
         known = [key for key in usual if key not in _SET_HERE]
         raise _error(name, f"{of} has no such key", nearest(str(name), known))
@@ -274,7 +304,10 @@ def _holds(taken: Any, value: Any) -> bool:
 
 
 def _check_kind(config: Any, model_class: Any) -> None:
-    """Refuse what is no decoder of tokens, or draws random numbers in training."""
+    """Refuse what is no decoder of tokens, is broken, or draws random numbers in training."""
+    if why := BROKEN.get(config.model_type):
+        fix = "choose another, such as llama or mamba2"
+        raise _error(KEY, f"transformers' {model_class.__name__} {why}", fix)
     if getattr(config, "is_encoder_decoder", False):
         raise _error(KEY, f"{model_class.__name__} is no decoder alone", "choose a decoder")
     if not getattr(config, "is_decoder", True):

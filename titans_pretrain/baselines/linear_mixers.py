@@ -17,7 +17,7 @@ from .recurrences import by_chunks
 GLA_CHUNK = 16  # a decay a channel needs a tensor of chunk x chunk x width
 GLA_RANK, GLA_DIVISOR = 16, 16.0
 RATES = (math.log(0.001), math.log(0.1))  # of HeadDecay's softplus at the start, and
-SCALES = (0.0, math.log(16.0))  # of its A_log
+LARGEST_A, SMALLEST_A = 16.0, 1e-4  # of its A
 
 
 class Parts(NamedTuple):

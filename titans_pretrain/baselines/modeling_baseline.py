@@ -19,20 +19,29 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
-from .baseline_layers import RMSNorm, ShortConvolution, SwiGLU, WindowAttention
+from .baseline_layers import (
+    CausalConvolution,
+    RMSNorm,
+    ShortConvolution,
+    SwiGLU,
+    WindowAttention,
+    begin_as_mamba_ssm,
+)
 from .configuration_baseline import BaselineConfig
-from .linear_mixers import PARTS, RATES, SCALES, HeadDecay, LinearMixer
+from .linear_mixers import LARGEST_A, PARTS, RATES, SMALLEST_A, HeadDecay, LinearMixer
 from .recurrences import by_chunks  # noqa: F401 - each file the folder needs is named here
-from .ttt import TTT
+from .ttt import TTT, BeforeTTT
 
 MAMBA2_HEAD = 64
+TTT_KINDS = ("ttt_linear", "ttt_mlp")
+CUT = 0.8796  # standard deviation of a normal that is cut at two of its own
 
 
 def make_mixer(config: BaselineConfig, kind: str) -> nn.Module:
     """A mixer, (B, T, D) to the same shape, out of ``KINDS``."""
     if kind in PARTS:
         return LinearMixer(config, kind)
-    if kind in ("ttt_linear", "ttt_mlp"):
+    if kind in TTT_KINDS:
         return TTT(config, kind)
     if kind == "window":
         return WindowAttention(
@@ -42,7 +51,7 @@ def make_mixer(config: BaselineConfig, kind: str) -> nn.Module:
 
 
 def _mamba(config: BaselineConfig, kind: str) -> nn.Module:
-    """The mixer of transformers' Mamba or Mamba2, with its own initial weights."""
+    """The mixer of transformers' Mamba or Mamba2, with the initial weights of mamba-ssm."""
     sizes = {
         "hidden_size": config.hidden_size,
         "state_size": config.state_size,
@@ -54,7 +63,14 @@ def _mamba(config: BaselineConfig, kind: str) -> nn.Module:
         "initializer_range": config.initializer_range,
     }
     if kind == "mamba":
-        return MambaModel(MambaConfig(**sizes)).layers[0].mixer
+        mixer = MambaModel(MambaConfig(**sizes)).layers[0].mixer
+    else:
+        mixer = _mamba2(config, sizes)
+    begin_as_mamba_ssm(mixer, 2 * config.num_hidden_layers)  # two residuals a block
+    return mixer
+
+
+def _mamba2(config: BaselineConfig, sizes: dict[str, Any]) -> nn.Module:
     head = min(MAMBA2_HEAD, config.hidden_size * config.expand // config.num_heads)
     return (
         Mamba2Model(
@@ -76,6 +92,7 @@ class BaselineBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: BaselineConfig, kind: str) -> None:
         super().__init__()
+        self.before = BeforeTTT(config) if kind in TTT_KINDS else None
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mixer = make_mixer(config, kind)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -83,6 +100,8 @@ class BaselineBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) to the same shape."""
+        if self.before is not None:
+            hidden_states = self.before(hidden_states)
         hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states))
         return hidden_states + self.feed_forward(self.feed_forward_norm(hidden_states))
 
@@ -116,13 +135,22 @@ class BaselinePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
         elif isinstance(module, ShortConvolution):
             bound = module.conv.kernel_size[0] ** -0.5
             nn.init.uniform_(module.conv.weight, -bound, bound)
+        elif isinstance(module, CausalConvolution):
+            wide = module.conv.kernel_size[0] ** -0.5 / CUT
+            nn.init.trunc_normal_(module.conv.weight, std=wide, a=-2 * wide, b=2 * wide)
+            if module.conv.bias is not None:
+                nn.init.zeros_(module.conv.bias)
         elif isinstance(module, HeadDecay):
-            nn.init.uniform_(module.A_log, *SCALES)
+            if not getattr(module.A_log, "_is_hf_initialized", False):  # not read from a file
+                nn.init.uniform_(module.A_log, 0.0, LARGEST_A)
+                module.A_log.clamp_(min=SMALLEST_A).log_()
             nn.init.uniform_(module.dt_bias, *RATES)
         elif isinstance(module, MemoryEmbeddings):
             nn.init.normal_(module.embeddings, std=std)
@@ -165,6 +193,7 @@ class BaselineModel(BaselinePreTrainedModel):
             unused: refused if it would change the result.
         """
         _refuse(unused)
+        _check_positions(unused.get("position_ids"), attention_mask)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -262,6 +291,24 @@ def _columns(x: Tensor, order: Tensor) -> Tensor:
 
 _HARMLESS = {"cache_position", "position_ids", "output_attentions", "is_first_iteration"}
 _HARMLESS |= {"return_dict", "output_hidden_states"}
+
+
+def _check_positions(given: Tensor | None, mask: Tensor | None) -> None:
+    """Refuse positions other than the tokens' own: of the row's start or of its first token."""
+    if given is None:
+        return
+    given = given.reshape(-1, given.shape[-1])
+    plain = torch.arange(given.shape[-1], device=given.device)
+    if bool((given == plain).all()):
+        return
+    wrong: Any = True
+    if mask is not None and mask.shape[-1] == given.shape[-1]:
+        wrong = ((given != mask.long().cumsum(-1) - 1) & (mask != 0)).any()
+    if bool(wrong):
+        raise TypeError(
+            "the baseline takes no position_ids but 0, 1, 2, ... of a row or of its tokens that "
+            "are no pads: leave them out, and give every document a row of its own"
+        )
 
 
 def _refuse(arguments: dict[str, Any]) -> None:

@@ -5,6 +5,9 @@ be evaluated. Each has one writer, the evaluation; whoever shows a run joins the
 """
 
 import contextlib
+import functools
+import hashlib
+import json
 import math
 import re
 import shutil
@@ -20,6 +23,7 @@ from titans_pretrain.files import read_json, sha256_file, write_json
 
 FORMAT = "titans-evaluation/1"
 DIRECTORY = "evaluations"
+PARTS = "parts.json"
 _RESULT = re.compile(r"step-(\d+)\.json")
 _OF_STEP = re.compile(r"\.?step-(\d+)[.-].*")
 
@@ -31,7 +35,7 @@ class Evaluation:
     Attributes:
         step: of the checkpoint.
         checkpoint: its identity.
-        metrics: by name, such as ``heldout/loss``; empty of one that failed.
+        metrics: by name, such as ``heldout/loss``; of one that failed, of its finished parts.
         failure: why it cannot be evaluated; empty if it was.
         settings: what it was evaluated on.
     """
@@ -91,18 +95,34 @@ def is_settled(run: Path, step: int) -> bool:
     found = of_step(run, step)
     if found is None:
         return False
-    with contextlib.suppress(UserError):
-        return found.checkpoint == identity(_checkpoint(run, step))
+    with contextlib.suppress(OSError):
+        path = _checkpoint(run, step) / manifest.NAME
+        found_file = path.stat()
+        return found.checkpoint == _sha256(path, found_file.st_mtime_ns, found_file.st_size)
     return True
 
 
-def awaited(run: Path, every: int, at_most: int, steps: Sequence[int] | None = None) -> list[int]:
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: Path, changed: int, size: int) -> str:
+    """Of a file that is asked about again and again, read once each time it changed."""
+    return sha256_file(path)
+
+
+def differing(one: Evaluation, newest: Evaluation) -> list[str]:
+    """The settings in which an evaluation differs from the newest of its run, by name."""
+    names = {**newest.settings, **one.settings}
+    return [name for name in names if one.settings.get(name) != newest.settings.get(name)]
+
+
+def awaited(
+    run: Path, every: int, at_most: int | None, steps: Sequence[int] | None = None
+) -> list[int]:
     """The checkpoints that are to be evaluated and are kept until then, oldest first.
 
     Args:
         run: its directory.
         every: those whose step is a multiple of it are evaluated.
-        at_most: the oldest so many of them.
+        at_most: the oldest so many of them; None takes all.
         steps: of the checkpoints that are there; None looks.
     """
     found: list[int] = []
@@ -137,10 +157,40 @@ def write(
     return _write(run, step, checkpoint, {**told, "results": dict(results)})
 
 
+def keep(
+    place: Path,
+    *,
+    metrics: Mapping[str, float],
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    why: str,
+) -> None:
+    """Put down what an evaluation has finished so far, in its workplace.
+
+    Args:
+        place: its workplace.
+        metrics: finite, by name.
+        settings: what it evaluates on.
+        results: all that was found.
+        why: it ends so; empty if it goes on.
+    """
+    told = {"metrics": dict(metrics), "settings": dict(settings), "results": dict(results)}
+    write_json(place / PARTS, {**told, "why": why})
+
+
 def fail(run: Path, step: int, checkpoint: str, why: str) -> Path:
-    """Put down that a checkpoint cannot be evaluated, and let go of it; the file."""
-    path = _write(run, step, checkpoint, {"metrics": {}, "failure": why, "settings": {}})
-    shutil.rmtree(workplace(run, step, checkpoint), ignore_errors=True)
+    """Put down that a checkpoint cannot be evaluated, with the parts that were finished; the file.
+
+    They stay in its workplaces, too, for another try; the exported models go.
+    """
+    places = list((run / DIRECTORY).glob(f"{_workplaces(step, checkpoint)}*"))
+    kept = [(_changed(place / PARTS), read_json(place / PARTS) or {}) for place in places]
+    parts = max(kept, key=lambda one: one[0])[1] if kept else {}
+    told = {key: parts.get(key) or {} for key in ("metrics", "settings", "results")}
+    reason = "; ".join(filter(None, (why, str(parts.get("why") or ""))))
+    path = _write(run, step, checkpoint, {**told, "failure": reason})
+    for place in places:
+        shutil.rmtree(place / "model", ignore_errors=True)
     return path
 
 
@@ -178,9 +228,28 @@ def add_job(run: Path, step: int, job: str) -> None:
     write_json(_jobs(run, step), told)
 
 
-def workplace(run: Path, step: int, checkpoint: str) -> Path:
-    """Where an evaluation keeps its export and what it has finished, until it is done."""
-    return run / DIRECTORY / f".{layout.step_name(step)}-{checkpoint[:8]}"
+def workplace(run: Path, step: int, checkpoint: str, settings: Mapping[str, Any]) -> Path:
+    """Where an evaluation keeps its export and what it has finished, until it is done.
+
+    Args:
+        run: its directory.
+        step: of the checkpoint.
+        checkpoint: its identity.
+        settings: what it is evaluated on; another evaluation has another place.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return run / DIRECTORY / f"{_workplaces(step, checkpoint)}{digest[:8]}"
+
+
+def _workplaces(step: int, checkpoint: str) -> str:
+    """How the names of a checkpoint's workplaces begin."""
+    return f".{layout.step_name(step)}-{checkpoint[:8]}-"
+
+
+def _changed(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return -math.inf
 
 
 def _write(run: Path, step: int, checkpoint: str, told: Mapping[str, Any]) -> Path:

@@ -48,8 +48,8 @@ def prune(
     """Delete checkpoints older than the newest ``keep`` whole ones up to ``step``.
 
     Checkpoints that lack files, are cut or cannot be read do not count as kept. One that cannot be
-    read or deleted is logged and stays. The older ones that stay for good are not looked at: their
-    number does not matter.
+    read or deleted is logged and stays. Of the older ones that stay for good no file is looked at,
+    unless ``spared`` does so.
 
     Args:
         root: directory of the run's checkpoints.

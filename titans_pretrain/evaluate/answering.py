@@ -1,18 +1,18 @@
 """The likeliest continuations of prompts, whatever their length."""
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from titans_pretrain.errors import TitansError, UserError
-from titans_pretrain.evaluate.loaded import Loaded
+from titans_pretrain.evaluate.loaded import Loaded, out_of_memory
 from titans_pretrain.evaluate.text_tokens import whole_ids
-
-PIECE = 4096
+from titans_pretrain.inference.prefill import PIECE, is_titans, new_cache, prefill
 
 
 def greedy(
     model: Loaded,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
     max_new_tokens: int,
     batch: int = 1,
@@ -21,11 +21,11 @@ def greedy(
     """Continue every prompt with the likeliest token, again and again.
 
     A batch is padded on the left. A Titans model reads prompts a piece at a time into its cache, so
-    that memory does not depend on their length; other models read them as transformers does.
+    that of their length only the ids need memory; other models read them as transformers does.
 
     Args:
         model: what continues.
-        prompts: texts; an empty one begins a document.
+        prompts: texts, none of which is held; an empty one begins a document.
         max_new_tokens: tokens to add; fewer if the model ends the document.
         batch: prompts at once.
         piece: tokens that a Titans model reads at once.
@@ -47,7 +47,7 @@ def greedy(
         try:
             texts = _continue(model, [rows[number] for number in numbers], max_new_tokens, piece)
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             raise TitansError(
                 f"{len(numbers)} prompts of up to {len(rows[numbers[-1]]):,} tokens do not fit in "
@@ -71,7 +71,10 @@ def _encode(model: Loaded, prompt: str, number: int) -> Any:
             where=f"prompt {number}",
             fix="give a prompt",
         )
-    found = whole_ids(model.tokenizer, text)
+    if prompt:
+        found = whole_ids(model.tokenizer, text)
+    else:
+        found = array("q", model.tokenizer(text)["input_ids"])
     if not found:
         raise UserError(
             f"the tokenizer makes no token of {text!r}",
@@ -108,15 +111,14 @@ def _continue(model: Loaded, rows: Sequence[Any], new: int, piece: int) -> Itera
     from transformers import GenerationConfig
 
     ends, pad = _end_tokens(model), _pad_token(model)
-    length = max(map(len, rows))
-    tokens = torch.full((len(rows), length), pad)
-    mask = torch.zeros_like(tokens)
-    for row, ids in enumerate(rows):
-        tokens[row, length - len(ids) :] = ids
-        mask[row, length - len(ids) :] = 1
-    pieces = {}
-    if model.network.config.model_type == "titans":
-        pieces = {"prefill_chunk_size": piece}
+    more: dict[str, Any] = {}
+    pieces = {"prefill_chunk_size": piece} if is_titans(model.network) else {}
+    if pieces and len(set(map(len, rows))) == 1:
+        tokens, more = _read(model, torch.stack(list(rows)) if rows[1:] else rows[0][None], piece)
+        mask, pieces = torch.ones_like(tokens), {}
+    else:
+        tokens, mask = _padded(rows, pad)
+    length = tokens.shape[1]
     settings = GenerationConfig(
         max_new_tokens=new,
         do_sample=False,
@@ -131,8 +133,33 @@ def _continue(model: Loaded, rows: Sequence[Any], new: int, piece: int) -> Itera
             tokens.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=settings,
+            **more,
         )
     return (_text(model, row, ends) for row in out[:, length:].tolist())
+
+
+def _read(model: Loaded, ids: Any, piece: int) -> tuple[Any, dict[str, Any]]:
+    """A Titans model's cache behind all but the last of rows of equal length, and that last."""
+    import torch
+
+    cache = new_cache(model.network)
+    with torch.inference_mode():
+        prefill(model.network, ids[:, :-1].to(model.device), cache, piece=piece)
+        cache.count_anew()
+    return ids[:, -1:], {"past_key_values": cache}
+
+
+def _padded(rows: Sequence[Any], pad: int) -> tuple[Any, Any]:
+    """Tokens and mask, (rows, longest), pads on the left."""
+    import torch
+
+    length = max(map(len, rows))
+    tokens = torch.full((len(rows), length), pad)
+    mask = torch.zeros_like(tokens)
+    for row, ids in enumerate(rows):
+        tokens[row, length - len(ids) :] = ids
+        mask[row, length - len(ids) :] = 1
+    return tokens, mask
 
 
 def _text(model: Loaded, tokens: list[int], ends: Sequence[int]) -> str:
@@ -153,14 +180,3 @@ def _pad_token(model: Loaded) -> int:
     """Any id that fills a row: pads are masked."""
     pad: int | None = model.tokenizer.pad_token_id
     return pad if pad is not None else next(iter(_end_tokens(model)), 0)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    import torch
-
-    told = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in told
-        or "not enough memory" in told
-    )

@@ -18,7 +18,7 @@ from titans_pretrain.evaluate.babilong_context import Background, hide
 from titans_pretrain.evaluate.babilong_facts import Question
 from titans_pretrain.evaluate.loaded import Loaded
 from titans_pretrain.evaluate.progress import Progress
-from titans_pretrain.evaluate.tasks import Options
+from titans_pretrain.evaluate.tasks import Options, check_positions
 from titans_pretrain.evaluate.text_tokens import TextTokens
 from titans_pretrain.files import sha256_file
 
@@ -26,6 +26,7 @@ PREFIX = "babilong_"
 NAMES = tuple(PREFIX + task for task in facts.TASKS)
 LENGTHS = ("0k", "1k", "2k", "4k", "8k", "16k", "32k")
 NEW_TOKENS = 20
+DEFINITION = 1  # of prompts, places and scoring; another one makes earlier results others
 PROMPT_TOKENS = 300
 TOKENS_PER_FACT = 8
 SAMPLES, LONG_SAMPLES, LONG = 1000, 100, 32_000
@@ -71,11 +72,18 @@ class BabilongTask:
             "shots": self._options.shots,
             "seed": self._options.seed,
             "max_new_tokens": NEW_TOKENS,
+            "prompts": facts.fingerprint(),
+            "definition": DEFINITION,
         }
 
     def cells(self) -> list[str]:
         """The lengths, as written."""
         return list(self._lengths)
+
+    def check(self, longest: int | None) -> None:
+        """Refuse lengths that, with an answer, the model's positions do not hold."""
+        for tokens in self._lengths.values():
+            check_positions("--lengths", tokens, longest, more=NEW_TOKENS)
 
     def run(self, model: Loaded, cell: str, tell: Callable[[str], None]) -> dict[str, Any]:
         """Accuracy at a length.
@@ -87,27 +95,24 @@ class BabilongTask:
         size = self._context_size(cell, tokens)
         questions = self._questions(cell, size, tell)
         progress = Progress("questions", len(questions), tell)
-        right, read = 0, 0
-        batch = self._options.batch
+        right, batch = 0, self._options.batch
+        counts: list[int] = []
         for first in range(0, len(questions), batch):
             some = questions[first : first + batch]
-            numbers = range(first, first + len(some))
-            made = [
-                self._prompt(one, n, size, tokens) for n, one in zip(numbers, some, strict=True)
-            ]
-            outputs = greedy(
-                model, [text for text, _ in made], max_new_tokens=NEW_TOKENS, batch=batch
+            texts = (
+                self._prompt(one, number, size, tokens, counts)
+                for number, one in enumerate(some, start=first)
             )
+            outputs = greedy(model, texts, max_new_tokens=NEW_TOKENS, batch=batch)
             scored = zip(some, outputs, strict=True)
             right += sum(facts.is_right(self._task, one, output) for one, output in scored)
-            read += sum(count for _, count in made)
             progress.show(first + len(some))
         accuracy = right / len(questions)
         return {
             "accuracy": accuracy,
             "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / len(questions)),
             "samples": len(questions),
-            "context_tokens": round(read / len(questions)),
+            "context_tokens": round(sum(counts) / len(questions)),
         }
 
     @cached_property
@@ -148,12 +153,18 @@ class BabilongTask:
         return found[:wanted]
 
     def _prompt(
-        self, question: Question, number: int, size: int, tokens: TextTokens
-    ) -> tuple[str, int]:
+        self,
+        question: Question,
+        number: int,
+        size: int,
+        tokens: TextTokens,
+        counts: list[int],
+    ) -> str:
+        """A prompt, whose context's tokens are added to ``counts``."""
         dice = random.Random(f"{self._options.seed} {self._task} {size} {number}")
         hidden = hide(question.facts, size, self._background, tokens, dice)
-        text = facts.prompt(self._task, hidden.context, question.question, bare=self._bare)
-        return text, hidden.tokens
+        counts.append(hidden.tokens)
+        return facts.prompt(self._task, hidden.context, question.question, bare=self._bare)
 
 
 def open_tasks(names: Sequence[str], options: Options) -> list[BabilongTask]:

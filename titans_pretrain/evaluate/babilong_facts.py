@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from titans_pretrain.errors import UserError
+from titans_pretrain.files import sha256_file
 
 TASKS = tuple(f"qa{number}" for number in range(1, 21))
 Split = Literal["train", "test"]
 _LINE = re.compile(r"([1-9][0-9]*) ([^\t]*)(?:\t([^\t]+)\t([0-9 ]*))?")
+_OFFICIAL = Path(__file__).with_name("babilong_prompts.json")
 _PARTS = ("instruction", "examples", "post_prompt")
 _SINGLE_TARGET_CHARACTERS = 3  # "n,w" is one label, "apple,milk" are two
 
@@ -123,6 +125,10 @@ def is_right(task: str, question: Question, output: str) -> bool:
 @cache
 def official() -> dict[str, Any]:
     """BABILong's own prompts and labels: ``template`` and ``tasks``."""
-    path = Path(__file__).with_name("babilong_prompts.json")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(_OFFICIAL.read_text(encoding="utf-8"))
     return content
+
+
+def fingerprint() -> str:
+    """The sha256 of the prompts and labels."""
+    return sha256_file(_OFFICIAL)

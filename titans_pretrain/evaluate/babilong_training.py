@@ -82,7 +82,7 @@ def write(
         chosen = _questions(directory, maker, wanted, tell)
         for number, (task, question) in enumerate(chosen):
             row = {
-                "id": f"babilong-{task}-{wanted.length}-{number}",
+                "id": f"babilong-{task}-{wanted.length}-{wanted.seed}-{number}",
                 "prompt": maker.prompt(task, question, number),
                 "answer": _answer(question),
             }

@@ -16,7 +16,7 @@ from typing import Any
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.evaluate import benchmark_files as files
 from titans_pretrain.evaluate.loaded import Loaded
-from titans_pretrain.evaluate.tasks import Options, Tell
+from titans_pretrain.evaluate.tasks import Options, Tell, check_positions
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Benchmark:
     columns: Mapping[str, files.Check]
 
 
+_HUBS = {"datasets", "huggingface_hub", "httpx", "httpx2", "requests", "fsspec", "aiohttp"}
 _ARC = {"question": files.text, "choices": files.choices, "answerKey": files.answer_key}
 BENCHMARKS: Mapping[str, Benchmark] = {
     "wikitext": Benchmark("wikitext/wikitext.yaml", "test", {"page": files.text}),
@@ -101,6 +102,7 @@ def open_tasks(names: Sequence[str], options: Options) -> list["HarnessTask"]:
     Raises:
         UserError: lm-eval is not installed, no maximal length is known, or data cannot be reached
             or read.
+        TitansError: lm-eval does not open a task of its own.
     """
     _check_installed()
     length = options.max_length or options.trained_length
@@ -135,7 +137,7 @@ class HarnessTask:
             digest.update(json.dumps(document, sort_keys=True).encode() + b"\n")
         return {
             "documents": digest.hexdigest(),
-            "lm_eval": importlib.metadata.version("lm-eval"),
+            "lm_eval": _version(),
             "version": str(self._task.VERSION),
             "shots": 0,
             "samples": self._samples,
@@ -146,6 +148,10 @@ class HarnessTask:
         """One."""
         return [""]
 
+    def check(self, longest: int | None) -> None:
+        """Refuse a maximal length beyond the model's positions."""
+        check_positions("--max-length", self._max_length, longest)
+
     def run(self, model: Loaded, cell: str, tell: Tell) -> dict[str, Any]:
         """lm-eval's metrics, and how many samples were cut to the maximal length.
 
@@ -155,12 +161,7 @@ class HarnessTask:
         """
         from titans_pretrain.evaluate.harness_model import HarnessModel
 
-        if model.longest is not None and self._max_length > model.longest:
-            raise UserError(
-                f"{self._max_length} tokens are more than the model's {model.longest} positions",
-                where="--max-length",
-                fix=f"use at most {model.longest}",
-            )
+        self.check(model.longest)
         scorer = HarnessModel(model, max_length=self._max_length, batch=self._batch, tell=tell)
         return score(self._task, scorer, self._samples) | {"truncated": len(scorer.cut)}
 
@@ -250,11 +251,28 @@ def _open(name: str, directory: Path | None) -> Any:
             return manager.load([str(file)])["tasks"][name]
         except Exception as error:  # the Hub's client raises of many kinds
             reason = (str(error).splitlines() or [""])[0]
+            if directory is not None or not _is_of_the_hub(error):
+                raise TitansError(
+                    f"lm-eval {_version()} could not open its own task {name}: "
+                    f"{type(error).__name__}: {reason}",
+                    where=str(stock),
+                    fix="pip install 'titans-pretrain[eval]' brings the version that is tested",
+                ) from error
             raise UserError(
                 f"the data of {name} cannot be reached: {type(error).__name__}: {reason}",
                 where=_source(stock),
                 fix=f"mend the connection, or give a directory with {name}.jsonl: --task-data DIR",
             ) from None
+
+
+def _is_of_the_hub(error: Exception) -> bool:
+    """Whether an error tells of connections, files, or the Hub's own client."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or bool(packages & _HUBS)
+
+
+def _version() -> str:
+    return importlib.metadata.version("lm-eval")
 
 
 def _local(name: str, rows: Sequence[Mapping[str, Any]], room: Path) -> dict[str, Any]:

@@ -209,7 +209,10 @@ class HarnessModel(TemplateLM):
                 yield start, stop, _projection(head, hidden, start)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """Continuations of (context, settings), up to the first stop sequence."""
+        """Continuations of (context, settings), up to the first stop sequence.
+
+        None of the paper's tasks asks for one; those of lm-eval that do get the texts of ``hf``.
+        """
         documents = [request.doc_id for request in requests]
         arguments = [(*request.args, index) for index, request in enumerate(requests)]
         order = Collator(

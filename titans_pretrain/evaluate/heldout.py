@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain import generate
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.data.loader import VALIDATION_FRACTION, SequenceLoader
 from titans_pretrain.data.mixture import Corpus
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.files import atomic_file, write_json
+from titans_pretrain.inference import generate
 from titans_pretrain.train.metrics import duration
 
 NAME = "heldout"

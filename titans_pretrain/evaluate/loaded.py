@@ -1,20 +1,22 @@
 """A model that is ready to be evaluated."""
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain import generate
 from titans_pretrain.checkpoint import manifest
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import TitansError
 from titans_pretrain.files import sha256_file
+from titans_pretrain.inference import generate
 
-DTYPES = ("float32", "bfloat16", "float16")
 _LARGEST_HEADER = 10**8  # bytes, as safetensors has it
+_DECIDE = {".safetensors", ".json", ".py", ".model", ".txt"}  # weights, settings, code, tokenizer
+_POSITIONS = ("max_position_embeddings", "n_positions")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,12 @@ class Loaded:
         directory: what it was read from.
         network: the model.
         tokenizer: transformers' own.
-        facts: the export's ``manifest.json``, empty where there is none.
         device: torch device the model is on.
     """
 
     directory: Path
     network: Any
     tokenizer: Any
-    facts: Mapping[str, Any]
     device: Any
 
     @property
@@ -46,17 +46,11 @@ class Loaded:
         longest: int | None = getattr(self.network.config, "max_position_embeddings", None)
         return longest
 
-    @property
-    def fingerprint(self) -> str:
-        """Tells the model from others, see the function of that name."""
-        return fingerprint(self.directory)
-
 
 def load(
     directory: Path,
     *,
     device: str = "auto",
-    dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
     """Read an exported model, or another causal language model, onto a device.
@@ -64,23 +58,19 @@ def load(
     Args:
         directory: what ``titans export`` wrote, or a Hugging Face directory.
         device: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` takes a GPU if there is one.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; None takes that of the files.
         trust_remote_code: run the Python files of a model of another kind.
 
     Raises:
-        UserError: no model, an unusable one, an unknown device or dtype.
+        UserError: no model, an unusable one, or an unknown device.
     """
-    import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"{dtype!r} is unknown", where="--dtype", fix=f"use {', '.join(DTYPES)}")
     disable_progress_bar()
     set_verbosity_error()
     place = generate.choose_device(device)
     network, tokenizer = generate.load(directory, trust_remote_code=trust_remote_code)
-    network.to(device=place, dtype=dtype and getattr(torch, dtype))
-    return Loaded(directory, network, tokenizer, facts(directory), place)
+    network.to(place)
+    return Loaded(directory, network, tokenizer, place)
 
 
 def facts(directory: Path) -> dict[str, Any]:
@@ -103,14 +93,48 @@ def trained_length(directory: Path) -> int | None:
 
 
 def fingerprint(directory: Path) -> str:
-    """Tells one model from another: sha256 of its manifest, or of config.json and file sizes."""
+    """Tells one model from another: sha256 of its manifest, or of all files that decide results.
+
+    These are the weights, settings, code and tokenizer. A manifest has the hashes of all files,
+    which loading compares.
+    """
     if (directory / manifest.NAME).exists():
         return sha256_file(directory / manifest.NAME)
-    settings = directory / "config.json"
-    digest = hashlib.sha256(settings.read_bytes() if settings.is_file() else b"")
-    for path in sorted(directory.glob("*.safetensors")):
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    digest = hashlib.sha256()
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _DECIDE and path.is_file():
+            told = path.stat()
+            contents = _sha256(path, told.st_size, told.st_mtime_ns)
+            digest.update(f"{path.name} {contents}\n".encode())
     return digest.hexdigest()
+
+
+@functools.cache
+def _sha256(path: Path, size: int, written: int) -> str:
+    """The hash of a file of that size and time, read once."""
+    return sha256_file(path)
+
+
+def positions(directory: Path) -> int | None:
+    """Tokens that a model's positions allow, as its config.json tells; None where it does not.
+
+    Raises:
+        UserError: the directory holds no model.
+    """
+    settings = generate.settings(directory)
+    return next(
+        (settings[name] for name in _POSITIONS if isinstance(settings.get(name), int)), None
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error tells that memory, of a GPU or of the host, was not enough."""
+    told = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in told for words in _NO_MEMORY)
+    )
 
 
 def parameters(directory: Path) -> int:

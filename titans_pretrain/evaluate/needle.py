@@ -19,13 +19,14 @@ from titans_pretrain.evaluate.babilong import length
 from titans_pretrain.evaluate.loaded import Loaded
 from titans_pretrain.evaluate.needle_text import KINDS, largest
 from titans_pretrain.evaluate.progress import Progress
-from titans_pretrain.evaluate.tasks import Options
+from titans_pretrain.evaluate.tasks import Options, check_positions
 from titans_pretrain.evaluate.text_tokens import whole_ids
 from titans_pretrain.files import sha256_file
 
 LENGTHS = ("2048", "4096", "8192", "16384")
 SAMPLES = 500
 NEW_TOKENS = 128
+DEFINITION = 1  # of prompts, places and scoring; another one makes earlier results others
 
 
 class NeedleTask:
@@ -56,11 +57,17 @@ class NeedleTask:
             "samples": self._samples,
             "seed": self._options.seed,
             "max_new_tokens": NEW_TOKENS,
+            "definition": DEFINITION,
         }
 
     def cells(self) -> list[str]:
         """The lengths, as written."""
         return list(self._lengths)
+
+    def check(self, longest: int | None) -> None:
+        """Refuse lengths, which include the answer's, beyond the model's positions."""
+        for tokens in self._lengths.values():
+            check_positions("--lengths", tokens, longest)
 
     def run(self, model: Loaded, cell: str, tell: Callable[[str], None]) -> dict[str, Any]:
         """Share of answers that hold the value, in any case of letters, at a length.
@@ -130,6 +137,8 @@ def open_tasks(names: Sequence[str], options: Options) -> list[NeedleTask]:
     """The tasks of names such as ``niah_pk``, their data at hand.
 
     Raises:
-        UserError: essays that are missing or cannot be read, or an unknown length.
+        UserError: essays that are missing, cannot be read or are not wanted, or an unknown length.
     """
+    if options.essays and all(KINDS[name].haystack == "noise" for name in names):
+        raise UserError(f"{', '.join(names)} reads no essays", where="--essays", fix="leave it out")
     return [NeedleTask(name, options) for name in names]

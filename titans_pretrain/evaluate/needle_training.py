@@ -62,47 +62,56 @@ def write(
     def count(prompt: str, answer: str) -> int:
         return len(tokenizer.encode_after(prompt, answer)[0]) + 1 + wanted.bos
 
-    _save(output, _exact(haystack, count, wanted), wanted, tell)
+    name = _name(haystack, str(wanted.length), wanted.seed)
+    _save(output, _exact(haystack, count, wanted), name, wanted.samples, tell)
 
 
 def write_sized(
     output: Path, haystack: Haystack, size: int, wanted: Documents, tell: Callable[[str], None]
 ) -> None:
     """Write samples with ``size`` lines or words of haystack each, whatever their tokens are."""
-    drawn = (_draw(haystack, wanted.seed, index) for index in range(wanted.samples))
+    sized = f"sized-{size}"
+    drawn = (_draw(haystack, sized, wanted.seed, index) for index in range(wanted.samples))
     made = ((needle_text.prompt(haystack, size, needle), f" {needle.value}") for needle in drawn)
-    _save(output, made, wanted, tell)
+    _save(output, made, _name(haystack, sized, wanted.seed), wanted.samples, tell)
 
 
 def _save(
     output: Path,
     made: Iterable[tuple[str, str]],
-    wanted: Documents,
+    name: str,
+    samples: int,
     tell: Callable[[str], None],
 ) -> None:
-    progress = Progress("documents", wanted.samples, tell)
+    progress = Progress("documents", samples, tell)
     with files.atomic_file(output, "w") as lines:
         for number, (prompt, answer) in enumerate(made):
-            row = {"id": f"needle-{wanted.seed}-{number}", "prompt": prompt, "answer": answer}
+            row = {"id": f"needle-{name}-{number}", "prompt": prompt, "answer": answer}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             progress.show(number + 1)
 
 
-def _draw(haystack: Haystack, seed: int, index: int) -> Needle:
-    return needle_text.draw(random.Random(f"training {seed} {index}"), haystack.kind, "training")
+def _name(haystack: Haystack, size: str, seed: int) -> str:
+    """Tells samples of a kind, a size and a seed from all others."""
+    return f"{haystack.kind.haystack}-{haystack.kind.values}-{size}-{seed}"
+
+
+def _draw(haystack: Haystack, size: str, seed: int, index: int) -> Needle:
+    dice = random.Random(f"training {_name(haystack, size, seed)} {index}")
+    return needle_text.draw(dice, haystack.kind, "training")
 
 
 def _exact(haystack: Haystack, count: Count, wanted: Documents) -> Iterator[tuple[str, str]]:
     """Prompts and answers of documents of exactly so many tokens."""
     length, size, words = wanted.length, 1, 1  # a document's sizes are near those of the last
     for index in range(wanted.samples):
-        document = _Document(haystack, _draw(haystack, wanted.seed, index), count)
+        document = _Document(haystack, _draw(haystack, str(length), wanted.seed, index), count)
         size = largest(lambda size: document.tokens(size) <= length, max(1, size))  # noqa: B023
         if not size:
             raise UserError(
                 f"{length} tokens hold no haystack",
                 where="--length",
-                fix=f"use at least {document.tokens(1)}",
+                fix=f"use about {document.tokens(1)} or more: needles differ in their tokens",
             )
         words = document.words_that_fit(size, length, words)
         ends = document.ends_that_fill(size, length, words)

@@ -5,66 +5,67 @@ What an interrupted call has finished is taken by the next one. No torch until t
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from titans_pretrain import config as run_config
 from titans_pretrain.checkpoint import evaluations
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError, nearest
+from titans_pretrain.evaluate import options
 from titans_pretrain.evaluate import tasks as task_names
-from titans_pretrain.evaluate.tasks import Task
+from titans_pretrain.evaluate.tasks import Options, Task
+from titans_pretrain.files import read_json
 
 HELD_OUT = "heldout"
-Choose = Callable[[Path], Sequence[Task]]
 
 
 def evaluate(
-    checkpoint: Path, config: RunConfig, choose: Choose, *, device: str = "auto"
+    checkpoint: Path, config: RunConfig, *, device: str = "auto"
 ) -> evaluations.Evaluation:
     """Evaluate a checkpoint of a run; ``RUN/evaluations/step-N.json`` holds the result.
 
-    Where the same evaluation of the same checkpoint is there already, nothing is done. A bad
-    configuration or unfit data is put down, too: another try would end alike.
+    Where the same evaluation of the same checkpoint, on the same data, is there already, nothing
+    is done. A bad configuration is put down, too: another try would end alike.
 
     Args:
         checkpoint: ``RUN/checkpoints/step-N``.
         config: the run; ``pipeline.eval`` and ``pipeline.export.dtype`` count.
-        choose: opens the tasks of ``pipeline.eval.tasks`` for an exported model.
         device: ``cpu``, ``cuda``, …; ``auto`` takes a GPU if there is one.
 
     Raises:
-        UserError: no such checkpoint; another process evaluates it; or the configuration does not
-            fit.
+        UserError: no such checkpoint; another process evaluates it; or the configuration, or its
+            data, does not fit or cannot be reached.
         TitansError: the checkpoint is damaged, gave way meanwhile, or a task failed.
     """
     checkpoint = checkpoint.absolute()
     run, step = _place(checkpoint)
-    identity, settings = evaluations.identity(checkpoint), asked(config)
-    found = evaluations.of_step(run, step)
-    if found and found.metrics and (found.checkpoint, found.settings) == (identity, settings):
-        return found
-    place = evaluations.workplace(run, step, identity)
+    identity = evaluations.identity(checkpoint)
+    try:
+        chosen = check(config)
+    except UserError as error:
+        if not _has_result(evaluations.of_step(run, step), identity):
+            evaluations.fail(run, step, identity, _line(error))
+        raise
+    tasks = _opened(config, chosen)
+    settings = {**asked(config), **_contents(config, tasks)}
+    if done := _done(run, step, identity, settings):
+        return done
+    place = evaluations.workplace(run, step, identity, settings)
     with _alone(place):
-        try:
-            results = _score(checkpoint, place, config, choose, device)
-        except UserError as error:
-            if _is_there(checkpoint, identity):
-                evaluations.fail(run, step, identity, f"{error.what}; {error.where}; {error.fix}")
-            raise
-        if not _is_there(checkpoint, identity):
-            raise TitansError(
-                "the checkpoint gave way while it was evaluated; the result does not count",
-                where=str(checkpoint),
-                fix="evaluate the one that is there now",
-            )
-        metrics = dict(flat(results))
-        evaluations.write(run, step, identity, metrics=metrics, settings=settings, results=results)
+        done = _done(run, step, identity, settings)  # by another one, in the meantime
+        if done is None:
+            results = _scored(checkpoint, place, identity, config, tasks, device, settings)
+            metrics = dict(flat(results))
+            told = {"metrics": metrics, "settings": settings, "results": results}
+            evaluations.write(run, step, identity, **told)
+            done = evaluations.of_step(run, step)
         shutil.rmtree(place, ignore_errors=True)
-    done = evaluations.of_step(run, step)
     assert done is not None
     return done
 
@@ -97,21 +98,19 @@ def configuration(checkpoint: Path) -> Path:
 
 
 def load(path: Path) -> RunConfig:
-    """A run's configuration whose tasks are known.
+    """A run's configuration.
 
     Raises:
-        UserError: it is not, or they are not.
+        UserError: it is none.
     """
-    config = run_config.load(path)
-    check(config)
-    return config
+    return run_config.load(path)
 
 
-def check(config: RunConfig) -> None:
-    """Refuse names of tasks that are none.
+def check(config: RunConfig) -> Options:
+    """The options of a run's tasks, its tasks known; no data is looked at.
 
     Raises:
-        UserError: one is not.
+        UserError: a task is not known, or an option is none.
     """
     for name in config.pipeline.eval.tasks:
         if name not in task_names.known():
@@ -120,6 +119,7 @@ def check(config: RunConfig) -> None:
                 where="pipeline.eval.tasks",
                 fix=nearest(name, task_names.known()),
             )
+    return options.of_run(config)
 
 
 def flat(results: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -142,36 +142,151 @@ def _place(checkpoint: Path) -> tuple[Path, int]:
     return checkpoint.parent.parent, int(match[1])
 
 
+def _opened(config: RunConfig, chosen: Options) -> list[Task]:
+    names = config.pipeline.eval.tasks
+    return task_names.parse(",".join(names), chosen) if names else []
+
+
+def _contents(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Tells the data that lies at the places the configuration names from others."""
+    fingerprint = None if config.data.manifest is None else _fingerprint(config.data.manifest)
+    return {
+        "fingerprint": fingerprint,
+        "identities": {task.name: _digest(task.identity()) for task in tasks},
+    }
+
+
+def _fingerprint(manifest: str) -> str:
+    from titans_pretrain.data.shards import TokenShards
+
+    return TokenShards.open(manifest, sizes=False).fingerprint
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _done(
+    run: Path, step: int, identity: str, settings: Mapping[str, Any]
+) -> evaluations.Evaluation | None:
+    """The evaluation that is there, if it is this one."""
+    found = evaluations.of_step(run, step)
+    return found if _has_result(found, identity) and found.settings == settings else None
+
+
+def _has_result(
+    found: evaluations.Evaluation | None, identity: str
+) -> TypeGuard[evaluations.Evaluation]:
+    return (
+        found is not None
+        and bool(found.metrics)
+        and not found.failure
+        and found.checkpoint == identity
+    )
+
+
 def _is_there(checkpoint: Path, identity: str) -> bool:
     with contextlib.suppress(UserError):
         return evaluations.identity(checkpoint) == identity
     return False
 
 
-def _score(
-    checkpoint: Path, place: Path, config: RunConfig, choose: Choose, device: str
+def _line(error: TitansError) -> str:
+    return "; ".join(part for part in (error.what, error.where, error.fix) if part)
+
+
+def _scored(
+    checkpoint: Path,
+    place: Path,
+    identity: str,
+    config: RunConfig,
+    tasks: Sequence[Task],
+    device: str,
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What held-out data and tasks tell, by name."""
+    """What held-out data and tasks tell, by name; of a failure, what had been found is kept."""
+    results: dict[str, Any] = {}
+
+    def keep(why: str = "") -> None:
+        metrics = dict(flat(results))
+        evaluations.keep(place, metrics=metrics, settings=settings, results=results, why=why)
+
+    try:
+        _score(checkpoint, place, config, tasks, device, results, keep)
+    except TitansError as error:
+        if _is_there(checkpoint, identity):
+            keep(_line(error))
+            raise
+    if not _is_there(checkpoint, identity):
+        shutil.rmtree(place, ignore_errors=True)
+        raise TitansError(
+            "the checkpoint gave way while it was evaluated; the result does not count",
+            where=str(checkpoint),
+            fix="evaluate the one that is there now",
+        )
+    return results
+
+
+def _score(
+    checkpoint: Path,
+    place: Path,
+    config: RunConfig,
+    tasks: Sequence[Task],
+    device: str,
+    results: dict[str, Any],
+    keep: Callable[[], None],
+) -> None:
+    """Put what held-out data and tasks tell into ``results``, part by part."""
+    model = place / "model"
+    _export(checkpoint, model, config.pipeline.export.dtype)
+    if config.data.manifest is not None:
+        results[HELD_OUT] = _held_out(model, place / HELD_OUT, config, device)
+    if not tasks:
+        return
+    from titans_pretrain.evaluate import loaded, suite
+
+    asked_cells = {suite.label(task.name, cell) for task in tasks for cell in task.cells()}
+
+    fingerprint = loaded.fingerprint(model)
+
+    def collect() -> None:
+        for path in sorted((place / "tasks" / suite.CELLS).glob("*.json")):
+            row = read_json(path) or {}
+            name = suite.label(str(row.get("task")), str(row.get("cell")))
+            told = (row.get("format"), row.get("model"), name in asked_cells)
+            if told == (suite.FORMAT, fingerprint, True):
+                results[name] = row["result"]
+
+    collect()
+    keep()
+    try:
+        suite.evaluate(model, place / "tasks", tasks, device=device)
+    finally:
+        collect()
+
+
+def _export(checkpoint: Path, model: Path, dtype: str) -> None:
+    """Export into the workplace; what lies there of another version, or is damaged, gives way."""
     from titans_pretrain.export import huggingface
 
-    model, told = place / "model", config.pipeline.eval
-    huggingface.export(checkpoint, model, dtype=config.pipeline.export.dtype)
-    results: dict[str, Any] = {}
-    if config.data.manifest is not None:
-        from titans_pretrain.evaluate import heldout
+    try:
+        huggingface.export(checkpoint, model, dtype=dtype)
+    except TitansError:
+        if not model.exists():
+            raise
+        shutil.rmtree(model)
+        huggingface.export(checkpoint, model, dtype=dtype)
 
-        choice = heldout.Choice(sequences=told.sequences)
-        out = place / HELD_OUT
-        results[HELD_OUT] = heldout.evaluate(
-            model, out, config.data.manifest, choice, device=device
-        )
-    if told.tasks:
-        from titans_pretrain.evaluate import suite
 
-        report = suite.evaluate(model, place / "tasks", choose(model), device=device)
-        for row in report["results"]:
-            results[suite.label(row["task"], row["cell"])] = row["result"]
-    return results
+def _held_out(model: Path, out: Path, config: RunConfig, device: str) -> dict[str, Any]:
+    """The held-out result: of an earlier call, whose workplace is that of the same data, or new."""
+    from titans_pretrain.evaluate import heldout
+
+    found = read_json(out / f"{heldout.NAME}.json") or {}
+    if found.get("format") == heldout.FORMAT:
+        return found
+    choice = heldout.Choice(sequences=config.pipeline.eval.sequences)
+    return heldout.evaluate(model, out, str(config.data.manifest), choice, device=device)
 
 
 @contextlib.contextmanager

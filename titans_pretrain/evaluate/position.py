@@ -9,9 +9,10 @@ from titans_pretrain.evaluate.babilong import length as token_count
 from titans_pretrain.evaluate.loaded import Loaded
 from titans_pretrain.evaluate.position_text import HeldOut, Source, TextFiles
 from titans_pretrain.evaluate.progress import Progress
-from titans_pretrain.evaluate.tasks import Options
+from titans_pretrain.evaluate.tasks import Options, check_positions
 
 NAME = "position"
+DEFINITION = 1  # of what the numbers mean; another one makes earlier results others
 LENGTHS = ("131072",)
 SAMPLES = 10
 PIECE = 4096
@@ -40,11 +41,16 @@ class PositionTask:
 
     def identity(self) -> dict[str, Any]:
         """Everything but model and length that decides the result."""
-        return {**self._source.identity(), "samples": self._samples}
+        return {**self._source.identity(), "samples": self._samples, "definition": DEFINITION}
 
     def cells(self) -> list[str]:
         """The lengths, as written."""
         return list(self._lengths)
+
+    def check(self, longest: int | None) -> None:
+        """Refuse lengths that a model of so many positions does not hold."""
+        for length in self._lengths.values():
+            check_positions("--lengths", length, longest)
 
     def run(self, model: Loaded, cell: str, tell: Callable[[str], None]) -> dict[str, Any]:
         """Losses at a length, nats per token.
@@ -60,12 +66,7 @@ class PositionTask:
             TitansError: a loss that is not finite.
         """
         length = self._lengths[cell]
-        if model.longest is not None and length > model.longest:
-            raise UserError(
-                f"{length} tokens are more than the model's {model.longest} positions",
-                where="--lengths",
-                fix=f"use at most {model.longest}",
-            )
+        check_positions("--lengths", length, model.longest)
         progress = Progress("tokens", self._samples * length, tell)
         curve, joined, done = _Curve(length), 0, 0
         for document in self._source.documents(model, length, self._samples):
@@ -87,11 +88,17 @@ def open_tasks(names: Sequence[str], options: Options) -> list[PositionTask]:
 
     Args:
         names: ``position``.
-        options: ``text`` or, without it, ``data``.
+        options: ``text`` or ``data``.
 
     Raises:
-        UserError: neither, or data that cannot be read.
+        UserError: neither or both, or data that cannot be read.
     """
+    if options.text and options.data is not None:
+        raise UserError(
+            "the documents are given twice, as text and as prepared data",
+            where="--data",
+            fix="leave out one of --text and --data",
+        )
     if options.text:
         return [PositionTask(TextFiles(options.text), options) for _ in names]
     if options.data is None:
@@ -115,7 +122,7 @@ def token_losses(network: Any, tokens: Any, piece: int) -> Iterator[tuple[int, A
     """Cross-entropy of every next token, in nats, a piece of the text at a time.
 
     What was read before a piece is in the network's cache, so a Titans model's memory use does not
-    depend on the length. A network that gives back no cache to go on from reads all at once.
+    depend on the length. A network that keeps no cache to go on from reads all at once.
 
     Args:
         network: a causal language model, evaluating.
@@ -131,12 +138,13 @@ def token_losses(network: Any, tokens: Any, piece: int) -> Iterator[tuple[int, A
     from titans_pretrain.model.layers import full_precision
 
     inputs, targets = tokens[None, :-1], tokens[1:]
-    cache, first = None, 0
+    cache, first, keeps = None, 0, _keeps_cache(network)
+    piece = piece if keeps else len(targets)
     while first < len(targets):
         part = slice(first, first + piece)
         with torch.inference_mode():
             known: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-            out = network(inputs[:, part].to(network.device), use_cache=True, **known)
+            out = network(inputs[:, part].to(network.device), use_cache=keeps, **known)
             cache = getattr(out, "past_key_values", None)
             if cache is None and first + piece < len(targets):
                 piece = len(targets)
@@ -145,6 +153,12 @@ def token_losses(network: Any, tokens: Any, piece: int) -> Iterator[tuple[int, A
             losses = functional.cross_entropy(full_precision(out.logits[0]), aims, reduction="none")
         yield first, losses.float().cpu()
         first += piece
+
+
+def _keeps_cache(network: Any) -> bool:
+    """Whether a network may be asked for a cache; the own baselines refuse that."""
+    config = getattr(network, "config", None)
+    return getattr(config, "model_type", None) != "titans_baseline"
 
 
 class _Curve:

@@ -8,7 +8,7 @@ from typing import Any
 from titans_pretrain.evaluate import paper
 from titans_pretrain.files import atomic_file
 
-_OURS = {"color": "black", "linewidth": 2, "marker": "o", "markersize": 5, "label": "this model"}
+_OURS = {"linewidth": 2, "marker": "o", "markersize": 5}
 _PAPERS = {"linewidth": 1, "marker": ".", "alpha": 0.8}
 Panel = Callable[[Any], None]
 
@@ -45,7 +45,8 @@ def _panels(found: Mapping[str, Any]) -> list[Panel]:
         panels.append(lambda axes: _accuracies(axes, found["table_1"]))
     for task in found["table_2"]["ours"] if found["table_2"] else ():
         panels.append(_needle(found["table_2"], task))
-    panels += [_babilong(part) for part in found["figure_6"]]
+    for part in found["figure_6"]:
+        panels += _babilong(part)
     if found["curves"]:
         panels.append(lambda axes: _curves(axes, found["curves"]))
     return panels or [lambda axes: _others(axes, found["results"])]
@@ -61,25 +62,44 @@ def _accuracies(axes: Any, table: Mapping[str, Any]) -> None:
         else:
             axes.plot(paper.ACCURACIES, values, ".", color="0.75", label=label, zorder=1)
             label = "_"  # told once
-    ours = [table["ours"][place] for place in places]
-    known = [name for name, value in zip(paper.ACCURACIES, ours, strict=True) if value is not None]
-    axes.plot(known, [value for value in ours if value is not None], "kD", label="this model")
+    for number, row in enumerate(table["ours"], start=1):
+        ours = zip(paper.ACCURACIES, (row["values"][place] for place in places), strict=True)
+        known = {name: value for name, value in ours if value is not None}
+        label = _label(number, len(table["ours"]))
+        axes.plot(list(known), list(known.values()), "D", color=_gray(number), label=label)
     axes.tick_params(axis="x", rotation=30)
     axes.set(ylabel="accuracy (%)")
     axes.set_title(f"{table['source']}, {table['size']}", loc="left", fontsize=9)
 
 
 def _needle(table: Mapping[str, Any], task: str) -> Panel:
-    ours = {cell: one["accuracy"] for cell, one in table["ours"][task].items()}
+    ours = table["ours"][task]
     rows = {model: values[task] for model, values in table["rows"].items()}
     title = f"{paper.NEEDLES[task]}, {table['source']}"
     return lambda axes: _lengths(axes, title, table["lengths"], rows, ours)
 
 
-def _babilong(part: Mapping[str, Any]) -> Panel:
-    ours = {cell: one["accuracy"] for cell, one in part["ours"].items()}
+def _babilong(part: Mapping[str, Any]) -> list[Panel]:
+    """A panel of the paper's questions beside its models, and one of other sets of questions."""
+    papers = [one for one in part["ours"] if one["papers"]]
+    others = [one for one in part["ours"] if not one["papers"]]
     title = f"BABILong, {part['source']}"
-    return lambda axes: _lengths(axes, title, part["lengths"], part["rows"], ours)
+    panels: list[Panel] = []
+    if papers:
+        lengths, rows = part["lengths"], part["rows"]
+        panels.append(lambda axes: _lengths(axes, title, lengths, rows, papers))
+    if others:
+        panels.append(lambda axes: _lengths(axes, "BABILong, other questions", (), {}, others))
+    return panels
+
+
+def _label(number: int, count: int) -> str:
+    """Our row's name, with its number in the report's table where there are several."""
+    return f"this model ({number})" if count > 1 else "this model"
+
+
+def _gray(number: int) -> str:
+    return str(min(0.2 * (number - 1), 0.6))
 
 
 def _lengths(
@@ -87,18 +107,21 @@ def _lengths(
     title: str,
     lengths: Sequence[str],
     rows: Mapping[str, Sequence[float]],
-    ours: Mapping[str, float],
+    ours: Sequence[Mapping[str, Any]],
 ) -> None:
     """Accuracies against the length, evenly spaced."""
     from titans_pretrain.evaluate.report import tokens
 
-    every = sorted({*lengths, *ours}, key=tokens)
+    every = sorted({*lengths, *(at for one in ours for at in one["cells"])}, key=tokens)
     for model, values in rows.items():
         known = dict(zip(lengths, values, strict=False))
         places = [index for index, at in enumerate(every) if at in known]
         axes.plot(places, [known[every[index]] for index in places], label=model, **_PAPERS)
-    places = [index for index, at in enumerate(every) if at in ours]
-    axes.plot(places, [ours[every[index]] for index in places], **_OURS)
+    for number, one in enumerate(ours, start=1):
+        cells, label = one["cells"], _label(number, len(ours))
+        places = [index for index, at in enumerate(every) if at in cells]
+        values = [cells[every[index]]["accuracy"] for index in places]
+        axes.plot(places, values, color=_gray(number), label=label, **_OURS)
     axes.set_xticks(range(len(every)), every)
     axes.set(xlabel="length (tokens)", ylabel="accuracy (%)", ylim=(-3, 103))
     axes.set_title(title, loc="left", fontsize=9)

@@ -3,9 +3,11 @@
 No torch until a task runs.
 """
 
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from titans_pretrain.files import read_json, remove_abandoned, write_json
 
 CELLS = "cells"
 FORMAT = "titans-eval-cell/1"
+_HASH_CHARACTERS = 8
 
 
 def evaluate(
@@ -30,7 +33,8 @@ def evaluate(
     """Score a model; write ``OUT/cells`` as they come, then report.json, report.md, report.png.
 
     A cell that an earlier call wrote is taken as it is, if its task's identity and the model are
-    the same. The report is of all cells of this model that ``OUT`` holds.
+    the same; those of others stay beside it. One that fails is told, and the rest goes on. The
+    report is of all cells of this model that ``OUT`` holds, and names those that failed.
 
     Args:
         model: what ``titans export`` wrote, or another causal language model.
@@ -45,88 +49,136 @@ def evaluate(
 
     Raises:
         UserError: model and tasks do not go together.
-        TitansError: a task fails, or a result cannot be written; finished cells stay.
+        TitansError: a cell failed, the first of them is raised after the rest; or a result cannot
+            be written. Finished cells stay.
     """
-    fingerprint = loaded.fingerprint(model)
+    longest = loaded.positions(model)
+    for task in tasks:
+        task.check(longest)
+    wanted = _wanted(tasks, loaded.fingerprint(model))
     cells = out / CELLS
     cells.mkdir(parents=True, exist_ok=True)
     remove_abandoned(cells, "*")
-    wanted = [(task, cell) for task in tasks for cell in task.cells()]
-    identities = {task.name: _plain(task) for task in tasks}
+    remove_abandoned(out, "report.*")
     missing = []
-    for task, cell in wanted:
-        if _is_there(cells, task, cell, identities[task.name], fingerprint):
-            _tell(f"{label(task.name, cell)}: there already")
+    for cell in wanted:
+        if cell.is_in(cells):
+            _tell(f"{cell.name}: there already")
         else:
-            missing.append((task, cell))
+            missing.append(cell)
     network = None
-    for number, (task, cell) in enumerate(missing, start=1):
-        if network is None:
-            network = loaded.load(model, device=device, trust_remote_code=trust_remote_code)
-        name = label(task.name, cell)
-        result = _run(task, cell, network, f"[{number}/{len(missing)}] {name}")
-        row = {
-            "format": FORMAT,
-            "task": task.name,
-            "cell": cell,
-            "identity": identities[task.name],
-            "model": fingerprint,
-            "dtype": network.dtype,
-            "result": result,
-        }
-        write_json(cells / f"{name}.json", row)
-        if result.get("truncated"):
-            _tell(
-                f"warning: {name}: {result['truncated']:,} of {result['samples']:,} samples were "
-                f"cut to {identities[task.name]['max_length']:,} tokens, on the left"
-            )
-    return report.write(model, out, kept(cells, fingerprint), paper_size=paper_size)
+    if missing:
+        network = loaded.load(model, device=device, trust_remote_code=trust_remote_code)
+    failures: list[TitansError] = []
+    found = {}
+    try:
+        for number, cell in enumerate(missing, start=1):
+            try:
+                row = _run(cell, network, f"[{number}/{len(missing)}] {cell.name}")
+            except TitansError as error:
+                _tell(f"not done: {error.what}")
+                failures.append(error)
+                continue
+            write_json(cells / cell.file, row)
+    finally:
+        if rows := _rows(cells, loaded.fingerprint(model), wanted):
+            failed = [error.what for error in failures]
+            found = report.write(model, out, rows, failed=failed, paper_size=paper_size)
+    if failures:
+        raise failures[0]
+    return found
 
 
 def label(task: str, cell: str) -> str:
-    """A cell's name, that of its file."""
+    """A cell's name, with which that of its file begins."""
     return f"{task}-{cell}" if cell else task
 
 
-def kept(cells: Path, fingerprint: str) -> list[dict[str, Any]]:
-    """What a directory holds of a model's cells, by task and then by size of the cell."""
-    rows = [read_json(path) for path in sorted(cells.glob("*.json"))]
-    return [
-        row
-        for row in rows
-        if row and row.get("format") == FORMAT and row.get("model") == fingerprint
-    ]
+@dataclass(frozen=True)
+class _Cell:
+    """A part of a task, and what its result depends on."""
+
+    task: Task
+    cell: str
+    identity: dict[str, Any]
+    model: str
+
+    @property
+    def name(self) -> str:
+        return label(self.task.name, self.cell)
+
+    @property
+    def file(self) -> str:
+        """Another one for each identity and model: no result takes another's place."""
+        told = json.dumps([self.identity, self.model], sort_keys=True).encode()
+        return f"{self.name}.{hashlib.sha256(told).hexdigest()[:_HASH_CHARACTERS]}.json"
+
+    def is_of(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row is the result of this cell."""
+        told = [row.get(key) for key in ("format", "task", "cell", "identity", "model")]
+        mine = [FORMAT, self.task.name, self.cell, self.identity, self.model]
+        return told == mine and isinstance(row.get("result"), dict)
+
+    def is_in(self, cells: Path) -> bool:
+        """Whether its result is there, also under the name that is its label alone."""
+        names = (self.file, f"{self.name}.json")
+        return any(self.is_of(read_json(cells / name) or {}) for name in names)
 
 
-def _plain(task: Task) -> dict[str, Any]:
-    """A task's identity as JSON gives it back."""
-    plain: dict[str, Any] = json.loads(json.dumps(task.identity()))
-    return plain
+def _wanted(tasks: Sequence[Task], model: str) -> list[_Cell]:
+    wanted = []
+    for task in tasks:
+        identity: dict[str, Any] = json.loads(json.dumps(task.identity()))  # as it is read back
+        wanted += [_Cell(task, cell, identity, model) for cell in task.cells()]
+    return wanted
 
 
-def _is_there(
-    cells: Path, task: Task, cell: str, identity: dict[str, Any], fingerprint: str
-) -> bool:
-    row = read_json(cells / f"{label(task.name, cell)}.json") or {}
-    found = [row.get(key) for key in ("format", "identity", "model")]
-    return found == [FORMAT, identity, fingerprint] and isinstance(row.get("result"), dict)
+def _rows(cells: Path, fingerprint: str, wanted: Sequence[_Cell]) -> list[dict[str, Any]]:
+    """All cells of a model: the wanted ones last, else the newest."""
+    found = []
+    for path in cells.glob("*.json"):
+        row = read_json(path) or {}
+        told = (row.get("format"), row.get("model"), type(row.get("result")))
+        if told == (FORMAT, fingerprint, dict):
+            asked = any(cell.is_of(row) for cell in wanted)
+            found.append((asked, path.stat().st_mtime_ns, path.name, row))
+    return [row for *_, row in sorted(found, key=lambda one: one[:-1])]
 
 
-def _run(task: Task, cell: str, network: loaded.Loaded, title: str) -> dict[str, Any]:
+def _run(cell: _Cell, network: Any, title: str) -> dict[str, Any]:
+    """A cell's row."""
+    result = _result(cell, network, title)
+    if result.get("truncated"):
+        _tell(
+            f"warning: {cell.name}: {result['truncated']:,} of {result['samples']:,} samples were "
+            f"cut to {cell.identity['max_length']:,} tokens, on the left"
+        )
+    return {
+        "format": FORMAT,
+        "task": cell.task.name,
+        "cell": cell.cell,
+        "identity": cell.identity,
+        "model": cell.model,
+        "dtype": network.dtype,
+        "result": result,
+    }
+
+
+def _result(cell: _Cell, network: loaded.Loaded, title: str) -> dict[str, Any]:
     def tell(line: str) -> None:
         _tell(f"{title}  {line}")
 
     _tell(title)
     try:
-        return task.run(network, cell, tell)
+        return cell.task.run(network, cell.cell, tell)
     except TitansError as error:
-        what = f"{label(task.name, cell)}: {error.what}"
+        what = f"{cell.name}: {error.what}"
         raise type(error)(what, where=error.where, fix=error.fix) from None
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "out of memory" not in str(error):
+        if not loaded.out_of_memory(error):
             raise
         raise TitansError(
-            f"{label(task.name, cell)} does not fit in memory",
+            f"{cell.name} does not fit in memory",
             where=str(network.device),
             fix="use fewer rows at once (--batch), shorter inputs, or a device with more memory",
         ) from None

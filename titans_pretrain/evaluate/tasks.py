@@ -25,6 +25,13 @@ class Task(Protocol):
     def cells(self) -> list[str]:
         """The parts, such as lengths; ``[""]`` for one."""
 
+    def check(self, longest: int | None) -> None:
+        """Refuse what a model of so many positions cannot do; None where nothing bounds them.
+
+        Raises:
+            UserError: an option asks for more.
+        """
+
     def run(self, model: Loaded, cell: str, tell: Tell) -> dict[str, Any]:
         """Metrics of a part, JSON values.
 
@@ -109,11 +116,11 @@ PAPER = ("wikitext", *COMMONSENSE)
 NIAH = ("niah_pk", "niah_number", "niah_uuid", "niah_words")
 BABILONG = tuple(f"babilong_qa{number}" for number in range(1, 21))
 FAMILIES = (
-    Family(PAPER, frozenset({"task_data", "samples", "max_length"}), _of("harness")),
-    Family(NIAH, frozenset({"essays", "lengths", "samples", "seed"}), _of("needle")),
+    Family(PAPER, frozenset({"task_data", "samples", "max_length", "batch"}), _of("harness")),
+    Family(NIAH, frozenset({"essays", "lengths", "samples", "seed", "batch"}), _of("needle")),
     Family(
         BABILONG,
-        frozenset({"facts", "background", "lengths", "samples", "shots", "seed"}),
+        frozenset({"facts", "background", "lengths", "samples", "shots", "seed", "batch"}),
         _of("babilong"),
     ),
     Family(("position",), frozenset({"text", "data", "lengths", "samples"}), _of("position")),
@@ -124,7 +131,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "niah": NIAH[:3],
     "babilong": BABILONG[:5],
 }
-_EVERY_TASKS = {"batch", "trained_length"}
+_EVERY_TASKS = {"trained_length"}
 
 
 def parse(text: str, options: Options) -> list[Task]:
@@ -138,19 +145,49 @@ def parse(text: str, options: Options) -> list[Task]:
         UserError: an unknown name, an option that none of the tasks takes, or data that cannot be
             reached or read.
     """
-    names = _names(text)
-    chosen = {family: [name for name in names if name in family.names] for family in FAMILIES}
-    chosen = {family: own for family, own in chosen.items() if own}
-    _check_options(options, chosen)
+    names, chosen = _chosen(text, options)
     opened = {
         task.name: task for family, own in chosen.items() for task in family.open(own, options)
     }
     return [opened[name] for name in names]
 
 
+def check(text: str, options: Options) -> None:
+    """Refuse names and options as ``parse`` does, without a look at any data.
+
+    Raises:
+        UserError: an unknown name, or an option that none of the tasks takes.
+    """
+    _chosen(text, options)
+
+
+def _chosen(text: str, options: Options) -> tuple[list[str], dict[Family, list[str]]]:
+    """Names of tasks, and those of each family that has some."""
+    names = _names(text)
+    chosen = {family: [name for name in names if name in family.names] for family in FAMILIES}
+    chosen = {family: own for family, own in chosen.items() if own}
+    _check_options(options, chosen)
+    return names, chosen
+
+
 def known() -> list[str]:
     """Names of all tasks and groups."""
     return [*GROUPS, *(name for family in FAMILIES for name in family.names)]
+
+
+def check_positions(option: str, tokens: int, longest: int | None, *, more: int = 0) -> None:
+    """Refuse a length that, with ``more`` tokens, a model's positions do not hold.
+
+    Raises:
+        UserError: it is too long; names the option that gives it.
+    """
+    if longest is not None and tokens + more > longest:
+        new = f" and {more} new ones" if more else ""
+        raise UserError(
+            f"{tokens} tokens{new} are more than the model's {longest} positions",
+            where=option,
+            fix=f"use at most {longest - more}",
+        )
 
 
 def _names(text: str) -> list[str]:

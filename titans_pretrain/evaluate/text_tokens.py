@@ -31,12 +31,12 @@ class TextTokens:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Self:
-        """Of a tokenizer of transformers."""
+        """Of a tokenizer of transformers; a special token that a text spells is plain text."""
 
         def encode(texts: list[str]) -> list[list[int]]:
-            ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)[
-                "input_ids"
-            ]
+            ids: list[list[int]] = tokenizer(
+                texts, add_special_tokens=False, split_special_tokens=True, verbose=False
+            )["input_ids"]
             return ids
 
         def decode(ids: list[int]) -> str:
@@ -83,7 +83,10 @@ class TextTokens:
 
 
 def whole_ids(tokenizer: Any, text: str) -> "array[int]":
-    """What a tokenizer of transformers makes of a text, special tokens around it included."""
+    """What a tokenizer of transformers makes of a text, special tokens around it included.
+
+    One that the text itself spells, such as ``</s>``, is plain text.
+    """
     if len(text) > WHOLE_CHARACTERS:
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a")["input_ids"]
@@ -94,4 +97,5 @@ def whole_ids(tokenizer: Any, text: str) -> "array[int]":
                 ids.extend(TextTokens.of(tokenizer).long(text))
                 ids.extend(whole[last:])
                 return ids
-    return array(_INTEGERS, tokenizer(text, verbose=False)["input_ids"])
+    ids = tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
+    return array(_INTEGERS, ids)

@@ -1,5 +1,10 @@
 """A checkpoint as a Hugging Face directory that needs torch and transformers, nothing of ours."""
 
+import errno
+import hashlib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +23,35 @@ FORMAT = "titans-export/1"
 CONFIGURATION = "config.yaml"
 TOKENIZER = "tokenizer.model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a call of ``export`` came to.
+
+    Attributes:
+        checkpoint: that was exported.
+        is_new: whether this call made and proved it; else it was there, every byte as it was made.
+    """
+
+    checkpoint: Path
+    is_new: bool
 
 
 def export(
     checkpoint: Path, out: Path, *, dtype: str = "float32", max_shard_size: str = "5GB"
-) -> Path:
+) -> Exported:
     """Write ``out``, whole or not at all, and prove it in a clean process before it gets its name.
 
-    Where the same export is there already, it stays as it is: a job may be done twice.
+    Where the same export is there already, its bytes are compared with its manifest and it stays
+    as it is: a job may be done twice.
 
     Args:
         checkpoint: a ``step-N`` directory, or a run's directory for its newest good one.
         out: the directory to make; must not exist, or be what this call would make.
         dtype: ``float32`` or ``bfloat16``, of the written weights.
         max_shard_size: bytes of tensors in a weights file, such as ``5GB``.
-
-    Returns:
-        The checkpoint that was exported.
 
     Raises:
         UserError: ``out`` is another directory, no checkpoint, or a bad argument.
@@ -43,48 +60,88 @@ def export(
     if dtype not in DTYPES:
         raise UserError(f"{dtype!r} is unknown", where="--dtype", fix="use float32 or bfloat16")
     limit = weights.shard_bytes(max_shard_size)
-    taken = UserError(f"{out} exists", where=str(out), fix="give a directory that does not")
     if out.exists() and not (out / manifest.NAME).is_file():
-        raise taken
+        raise _taken(out, "it is no export")
     source = layout.resolve(checkpoint)
-    made = _made(source, dtype, limit)
-    if out.exists():
-        if _is_there(out, made):
-            return source
-        raise taken
     run = run_config.load(_file(source, CONFIGURATION))
-    pieces = _file(source, TOKENIZER).read_bytes()
     try:
+        made = _made(source, run, dtype, limit)
+        if out.exists():
+            _check_there(out, made)
+            return Exported(source, is_new=False)
+        pieces = _file(source, TOKENIZER).read_bytes()
         _export(source, out.absolute(), run, pieces, DTYPES[dtype], limit, made)
     except OSError as error:
-        raise TitansError(
-            f"cannot write {error.filename or out}: {error.strerror or error}",
-            where=str(out),
-            fix="free space, or give another directory; nothing was left behind",
-        ) from None
-    return source
+        raise _failed(source, out, error) from None
+    return Exported(source, is_new=True)
 
 
-def _made(source: Path, dtype: str, limit: int) -> dict[str, Any]:
+def _made(source: Path, run: RunConfig, dtype: str, limit: int) -> dict[str, Any]:
     """What tells one export from another."""
-    checkpoint = sha256_file(_file(source, manifest.NAME))
-    return {"checkpoint": checkpoint, "dtype": dtype, "shard_bytes": limit}
+    return {
+        "checkpoint": sha256_file(_file(source, manifest.NAME)),
+        "dtype": dtype,
+        "shard_bytes": limit,
+        "version": version("titans-pretrain"),
+        "code": _code(_model_class(run)),
+    }
 
 
-def _is_there(out: Path, made: dict[str, Any]) -> bool:
-    """Whether a directory is that export, all its files of the right size.
+def _code(model_class: Any) -> str | None:
+    """The sha256 of the files that are copied with a model of ours; None of another library's."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    if not _is_ours(model_class):
+        return None
+    entrance = inspect.getfile(model_class)
+    digest = hashlib.sha256()
+    for path in sorted({Path(name) for name in (entrance, *get_relative_import_files(entrance))}):
+        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _is_ours(model_class: Any) -> bool:
+    return bool(model_class.__module__.startswith(f"{__package__.partition('.')[0]}."))
+
+
+def _check_there(out: Path, made: dict[str, Any]) -> None:
+    """Refuse a directory that is not that export.
 
     Raises:
+        UserError: it is another one.
         TitansError: it cannot be read, or is damaged.
     """
-    same: bool = manifest.read(out).get("made") == made
-    if same and (problems := manifest.problems(out, contents=False)):
+    found = manifest.read(out).get("made") or {}
+    for name, value in made.items():
+        if found.get(name) != value:
+            raise _taken(out, f"its {name} is {found.get(name)}, not {value}")
+    if problems := manifest.problems(out):
         raise TitansError(
             f"the export that is there is damaged: {problems[0]}",
             where=str(out),
             fix="remove it and export again",
         )
-    return same
+
+
+def _taken(out: Path, why: str) -> UserError:
+    return UserError(
+        f"{out} exists, and is not this export: {why}",
+        where=str(out),
+        fix="give a directory that does not exist, or remove this one",
+    )
+
+
+def _failed(source: Path, out: Path, error: OSError) -> TitansError:
+    """What the system refused: a file to read, space to write, or something else."""
+    reason, name = error.strerror or str(error), error.filename
+    place = Path(str(name)).absolute() if name is not None else None
+    if place is not None and place.is_relative_to(source.absolute()):
+        what, fix = f"cannot read {place}: {reason}", "mend that (permissions, file system)"
+    elif error.errno in _FULL or (place and place.is_relative_to(out.absolute().parent)):
+        what, fix = f"cannot write {name or out}: {reason}", "free space, or give another directory"
+    else:
+        what, fix = f"cannot export: {f'{name}: ' if name else ''}{reason}", "mend that"
+    return TitansError(what, where=str(out), fix=f"{fix}; nothing was left behind")
 
 
 def _export(
@@ -181,7 +238,7 @@ def _write_model_files(model: Any, directory: Path) -> None:
     from transformers.dynamic_module_utils import custom_object_save
 
     config = model.config
-    if type(model).__module__.startswith(f"{__package__.partition('.')[0]}."):
+    if _is_ours(type(model)):
         type(config).register_for_auto_class()
         for name, part in (("AutoModel", model.base_model), ("AutoModelForCausalLM", model)):
             type(part).register_for_auto_class(name)

@@ -23,11 +23,9 @@ _KINDS = {
     "mal": f"A {_MEMORY}, memory as layer)",
     "transformer": "The Transformer++ baseline of the Titans models",
 }
-_LOCAL = {
-    "data": {"manifest", "cache"},
-    "train": {"init_from"},
-    "run": {"directory", "wandb_project"},
-}
+# what decides the weights; the other sections tell of machines, accounts and people
+_PUBLISHED = ("model", "data", "mesh", "train", "guard")
+_LOCAL = {"data": {"manifest", "cache"}, "train": {"init_from"}}
 
 _TEXT = """\
 # {name}
@@ -153,13 +151,15 @@ def _last_rows(metrics: Path, step: int | None) -> dict[str, Any]:
 
 
 def _public(run: RunConfig) -> dict[str, Any]:
-    """The configuration without the paths and names of the machine it ran on."""
+    """The configuration of model and training, without the paths of the machine it ran on."""
     sections = run.model_dump()
     for part in sections["data"]["mixture"]:
         del part["manifest"]
     return {
-        section: {key: value for key, value in keys.items() if key not in _LOCAL.get(section, ())}
-        for section, keys in sections.items()
+        name: {
+            key: value for key, value in sections[name].items() if key not in _LOCAL.get(name, ())
+        }
+        for name in _PUBLISHED
     }
 
 

@@ -1,5 +1,7 @@
 """An exported directory on the Hugging Face Hub, by its official client. No torch here."""
 
+import glob
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -8,12 +10,17 @@ from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import TitansError, UserError
 
 # weights of an earlier export, which transformers might take instead of the new ones
-OUTDATED = ["model*.safetensors", "model.safetensors.index.json"]
+OUTDATED = [
+    "model.safetensors",
+    "model-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors",
+    "model.safetensors.index.json",
+]
 _REFUSALS = {
     401: ("the Hub does not accept the token", "set HF_TOKEN to a valid one, or: hf auth login"),
     403: ("the token may not write there", "give it the right to write, or another REPO"),
     404: ("the Hub knows no such place", "give NAME or ORGANISATION/NAME of one you belong to"),
 }
+_HTTP = ("httpx", "httpx2", "requests", "urllib3")  # one of them is what the client is built on
 _LONGEST = 300
 _Answer = TypeVar("_Answer")
 
@@ -45,10 +52,10 @@ def check(repo: str) -> None:
 
 
 def push(directory: Path, repo: str, *, private: bool = False) -> str:
-    """Upload a directory in one commit, making the repository where there is none.
+    """Upload an export in one commit, making the repository where there is none.
 
-    Every byte is compared with the manifest first. Files that the Hub has are not sent again.
-    Weights of an earlier export go.
+    Every byte is compared with the manifest first; what it does not name is not pushed, and told.
+    Files that the Hub has are not sent again. Weights of an earlier export go.
 
     Args:
         directory: what ``export`` wrote; it stays whatever happens.
@@ -70,6 +77,9 @@ def push(directory: Path, repo: str, *, private: bool = False) -> str:
             where=str(directory),
             fix="remove it and export again",
         )
+    names = [record["name"] for record in manifest.read(directory)["files"]] + [manifest.NAME]
+    for stray in sorted({path.name for path in directory.iterdir()} - set(names)):
+        print(f"{directory / stray} is not of the export, and not pushed", file=sys.stderr)
     api = HfApi()
     place = _asked(
         directory, repo, lambda: api.create_repo(repo, private=private or None, exist_ok=True)
@@ -87,6 +97,7 @@ def push(directory: Path, repo: str, *, private: bool = False) -> str:
             repo_id=place.repo_id,
             folder_path=directory,
             commit_message=f"titans export: {directory.name}",
+            allow_patterns=[glob.escape(name) for name in names],
             delete_patterns=OUTDATED,
         ),
     )
@@ -105,15 +116,22 @@ def _asked(directory: Path, repo: str, question: Callable[[], _Answer]) -> _Answ
         reason = told[0] if told else f"the Hub refuses: {_line(error)}"
         fix = told[1] if told else "try again later"
         kind = UserError if told else TitansError
-    except Exception as error:  # whichever HTTP library the client is built on
+    except Exception as error:
+        away = _is_of_the_network(error)
         kind = TitansError
-        reason = f"the Hub was not reached: {type(error).__name__}: {_line(error)}"
-        fix = "mend the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies)"
+        what = "the Hub was not reached" if away else "the Hub's client failed"
+        reason = f"{what}: {type(error).__name__}: {_line(error)}"
+        fix = "mend the network (HF_HUB_OFFLINE, HF_ENDPOINT, proxies)" if away else "mend that"
     raise kind(
         f"{directory} was not pushed: {reason}",
         where=f"--push {repo}",
         fix=f"{fix}; the export is there: the same command again only pushes",
     )
+
+
+def _is_of_the_network(error: Exception) -> bool:
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, ConnectionError | TimeoutError) or not packages.isdisjoint(_HTTP)
 
 
 def _line(error: Exception) -> str:

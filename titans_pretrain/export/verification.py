@@ -46,7 +46,8 @@ def verify(
             logit or a token id differs.
     """
     config: Any = model.config
-    length = min(getattr(config, "grid", _GRID) + 5, _MOST_TOKENS)
+    longest = getattr(config, "max_position_embeddings", None) or _MOST_TOKENS
+    length = min(getattr(config, "grid", _GRID) + 5, _MOST_TOKENS, longest)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
     wanted = reload.logits(model, ids, read)

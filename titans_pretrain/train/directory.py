@@ -1,5 +1,6 @@
 """A run's directory: what lies where, who may use it, what a resumed run may change. No torch."""
 
+import importlib.metadata
 import json
 import os
 import secrets
@@ -13,6 +14,8 @@ from typing import Any
 import yaml
 
 from titans_pretrain import config as run_config
+from titans_pretrain.baselines import foreign
+from titans_pretrain.checkpoint import format as checkpoints
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.files import atomic_file, sync_directory, write_json
@@ -147,7 +150,8 @@ class RunDirectory:
                 where=str(self.path),
                 fix="add --resume to continue it, or choose another run.directory",
             )
-        return changes(self._stored(), config.model_dump(), where=str(self.config))
+        told = changes(self._stored(), config.model_dump(), where=str(self.config))
+        return told + self._other_library(config)
 
     def create(self) -> None:
         """Make the directories.
@@ -205,6 +209,23 @@ class RunDirectory:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
+    def _other_library(self, config: RunConfig) -> list[str]:
+        """Whether the newest checkpoint of another library's model was made with another one."""
+        if not foreign.is_foreign(config.model):
+            return []
+        for step in reversed(checkpoints.steps(self.checkpoints)):
+            try:
+                state = checkpoints.read_state(self.checkpoints / checkpoints.step_name(step))
+            except TitansError:
+                continue
+            was = state.get("versions", {}).get("transformers")
+            now = importlib.metadata.version("transformers")
+            if was in (None, now):
+                return []
+            what = f"transformers is {now}, and the run was trained with {was}"
+            return [f"{what}: keys of model that are not given have the defaults of {now}"]
+        return []
+
     def _stored(self) -> dict[str, Any]:
         try:
             stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
@@ -220,16 +241,18 @@ class RunDirectory:
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, where: str) -> list[str]:
     """Sentences about the keys that differ between two configurations.
 
-    A field of the model that the earlier one lacks had what is its default now.
+    A key of the model that one of them lacks has what is its default now.
 
     Raises:
-        UserError: a key that the model or the order of the data depends on differs.
+        UserError: a key that the model or the order of the data depends on differs, or the earlier
+            model is none of the installed library's.
     """
-    old, new = _flat(before), _flat(after)
-    defaults = _flat({"model": fields.defaults()})
-    old = {key: value for key, value in defaults.items() if key in new} | old
+    old, new = _with_defaults(before, after, where)
+    given = _flat(before).keys() | _flat(after).keys()  # the others may be derived from them
     said = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(
+        old.keys() | new.keys(), key=lambda key: (key != "model.hf", key not in given, key)
+    ):
         if key in old and key in new and old[key] == new[key]:
             continue
         was, now = old.get(key, "absent"), new.get(key, "absent")
@@ -241,6 +264,28 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], *, where: str) 
             )
         said.append(f"{key} is now {now!r}, was {was!r}")
     return said
+
+
+def _with_defaults(
+    before: Mapping[str, Any], after: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of two configurations, those of the model as far as they can be compared."""
+    old, new = _flat(before), _flat(after)
+    if "model.hf" not in old:
+        defaults = _flat({"model": fields.defaults()})
+        return {key: value for key, value in defaults.items() if key in new} | old, new
+    if old["model.hf"] != new.get("model.hf"):
+        return old, new
+    try:
+        began = foreign.complete(before["model"])
+    except UserError as error:
+        raise UserError(
+            f"the model that the run began with is none any more: {error.what}",
+            where=where,
+            fix="install the libraries that the run began with, or begin another run",
+        ) from None
+    whole = _flat({"model": foreign.complete(after["model"])})
+    return old | _flat({"model": began}), new | whole
 
 
 def failure_record(

@@ -32,7 +32,7 @@ class EvaluationFeed:
         self._waiting = deque(
             one
             for one in evaluations.read(self._run)
-            if one.metrics and self._fed.get(str(one.step)) != one.checkpoint
+            if one.metrics and self._fed.get(str(one.step)) != _mark(one)
         )
 
     def next(self) -> dict[str, Any]:
@@ -40,8 +40,13 @@ class EvaluationFeed:
         if not self._waiting:
             return {}
         one = self._waiting.popleft()
-        self._fed[str(one.step)] = one.checkpoint
+        self._fed[str(one.step)] = _mark(one)
         with contextlib.suppress(OSError):
             write_json(self._path, self._fed)
         values = {f"{PREFIX}/{name}": value for name, value in one.metrics.items()}
         return {STEP: one.step, **values}
+
+
+def _mark(one: evaluations.Evaluation) -> str:
+    """Tells what was given: of a failure, the finished parts; the whole comes after it."""
+    return f"{one.checkpoint} in part" if one.failure else one.checkpoint

@@ -1,7 +1,6 @@
 """Initial weights out of a directory that ``titans export`` wrote, for any mesh."""
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,15 +15,14 @@ from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.export import tokenizer
 from titans_pretrain.export.reload import WeightFiles
-from titans_pretrain.files import read_json, sha256_file
-from titans_pretrain.model import fields
+from titans_pretrain.files import sha256_file
 from titans_pretrain.parallel.construct import skeleton
 from titans_pretrain.parallel.shards import FlatShard
+from titans_pretrain.train import initial_fields
+from titans_pretrain.train.initial_fields import refusal
 
 PREFIX = "parameters/"
 READABLE = ("F64", "F32", "F16", "BF16")
-# What begins weights, and what tells documents apart: a run may go on with others.
-FREE = ("initializer_range", "attend_across_documents", "remember_across_documents")
 _SHOWN = 3
 _UNREADABLE = (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError)
 _Read = TypeVar("_Read")
@@ -45,9 +43,8 @@ def check(config: RunConfig, tokenizer_model: bytes) -> dict[str, Any]:
         UserError: there are none; they are damaged, of another model or another tokenizer.
     """
     directory = Path(config.train.init_from)
-    found = _settings(directory)
+    found = initial_fields.check(config)
     _check_files(directory)
-    _check_fields(directory, config, found)
     _check_weights(directory, config)
     _check_tokenizer(directory, tokenizer_model, found)
     told: dict[str, Any] = {"name": directory.name}
@@ -85,50 +82,13 @@ def _fill(files: WeightFiles, shard: FlatShard) -> None:
             target.copy_(part.reshape(-1))
 
 
-def _settings(directory: Path) -> dict[str, Any]:
-    """The ``config.json`` of an exported model."""
-    fix = "give what titans export wrote"
-    if (directory / "checkpoints").is_dir() or (directory / "tensors.json").is_file():
-        fix = f"export it first: titans export {directory} MODEL_DIR"
-    if not directory.is_dir():
-        raise _refusal(directory, "no such directory", fix)
-    found = read_json(directory / "config.json")
-    if found is None:
-        raise _refusal(directory, "no exported model: it holds no readable config.json", fix)
-    return found
-
-
 def _check_files(directory: Path) -> None:
     """Refuse what differs from the manifest; one that transformers saved has none."""
     if not (directory / manifest.NAME).exists():
         return
     if problems := manifest.problems(directory):
         fix = f"export it again, or delete {manifest.NAME} if the change is yours"
-        raise _refusal(directory, f"the model is damaged: {'; '.join(problems[:_SHOWN])}", fix)
-
-
-def _check_fields(directory: Path, config: RunConfig, found: Mapping[str, Any]) -> None:
-    """Refuse a model that computes something else."""
-    ours = _skeleton(config).config
-    if found.get("model_type") != ours.model_type:
-        what = f"the model is of type {found.get('model_type')!r}, not {ours.model_type!r}"
-        raise _refusal(directory, what, "give an exported model of the run's kind")
-    theirs = _read(directory, lambda: type(ours).from_dict(dict(found)))
-    for name in _deciding(config):
-        own, other = getattr(ours, name), getattr(theirs, name)
-        if own != other:
-            what = f"model.{name}: {own!r} is not the {other!r} of the initial weights"
-            fix = f"use model.{name}={json.dumps(other)}, or other weights"
-            raise _refusal(directory, what, fix)
-
-
-def _deciding(config: RunConfig) -> list[str]:
-    """The fields that decide what a model computes on one document."""
-    if foreign.is_foreign(config.model):
-        return [name for name in config.model if name != foreign.KEY]
-    variant = config.model["variant"]
-    used = [field.name for field in fields.FIELDS if variant in field.variants]
-    return [name for name in used if name not in FREE]
+        raise refusal(directory, f"the model is damaged: {'; '.join(problems[:_SHOWN])}", fix)
 
 
 def _skeleton(config: RunConfig) -> Any:
@@ -147,7 +107,7 @@ def _check_weights(directory: Path, config: RunConfig) -> None:
     complaints += [f"of type {code}" for code in files.dtypes if code not in READABLE]
     if complaints:
         what = f"the weights are not those of config.json: {'; '.join(complaints)}"
-        raise _refusal(directory, what, "export it again")
+        raise refusal(directory, what, "export it again")
 
 
 def _check_tokenizer(directory: Path, model: bytes, found: Mapping[str, Any]) -> None:
@@ -158,7 +118,7 @@ def _check_tokenizer(directory: Path, model: bytes, found: Mapping[str, Any]) ->
     end = tokenizer.special_ids(model)["eos_token_id"]
     if found.get("eos_token_id") != end:
         what = f"documents end with id {end} in the data, with {found.get('eos_token_id')} there"
-        raise _refusal(directory, what, fix)
+        raise refusal(directory, what, fix)
     theirs = _read(directory, lambda: PreTrainedTokenizerFast.from_pretrained(directory))
     try:
         tokenizer.check_identity(model, lambda text: theirs(text)["input_ids"])
@@ -166,7 +126,7 @@ def _check_tokenizer(directory: Path, model: bytes, found: Mapping[str, Any]) ->
         raise
     except TitansError as error:
         what = error.what.replace("the exported tokenizer", "another tokenizer than the data's")
-        raise _refusal(directory, what, fix) from None
+        raise refusal(directory, what, fix) from None
 
 
 def _read(directory: Path, action: Callable[[], _Read]) -> _Read:
@@ -174,10 +134,4 @@ def _read(directory: Path, action: Callable[[], _Read]) -> _Read:
         return action()
     except _UNREADABLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _refusal(
-            directory, f"the model cannot be read: {reason}", "export it again"
-        ) from None
-
-
-def _refusal(directory: Path, what: str, fix: str) -> UserError:
-    return UserError(what, where=f"train.init_from: {directory}", fix=fix)
+        raise refusal(directory, f"the model cannot be read: {reason}", "export it again") from None

@@ -32,9 +32,10 @@ def decayed(model: nn.Module) -> set[str]:
 def matrices(model: nn.Module) -> set[str]:
     """Names of the parameters that decay in another library's model, whose layers are not known.
 
-    Those called ``weight`` with two axes: projections of any kind. Norms, biases, convolutions and
-    what a recurrence calls by a name of its own (``A_log``) do not decay, nor do embeddings, nor a
-    head that is tied to one.
+    Those called ``weight`` with two axes, and those called ``…_proj`` with three: projections, and
+    those of all experts of a mixture in one. Norms, biases, convolutions and what a recurrence
+    calls by a name of its own (``A_log``) do not decay, nor do embeddings, nor a head that is tied
+    to one.
 
     Args:
         model: may be on meta.
@@ -45,7 +46,8 @@ def matrices(model: nn.Module) -> set[str]:
     return {
         name
         for name, parameter in model.named_parameters()
-        if name.endswith(".weight") and parameter.dim() == 2 and id(parameter) not in embeddings
+        if (name.endswith(".weight") and parameter.dim() == 2 and id(parameter) not in embeddings)
+        or (name.endswith("_proj") and parameter.dim() == 3)
     }
 
 

@@ -79,6 +79,7 @@ class Records:
             self._lease.check()
             self._metrics.undo(event["step"], event)
             evaluations.undo(self._directory.path, event["step"])
+            self._feed.look()  # those that were undone do not come any more
             self._lease.check()
             self._tell(
                 f"step {event['from_step']}  {event['reason']}; {event['where']}; going on from "

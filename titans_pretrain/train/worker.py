@@ -173,6 +173,9 @@ class Worker:
         self._directory.create()
         self._lease.take()
         self._directory.forget_last()
+        if self._config.pipeline.eval.every and not self._lease.attempt:
+            told = "pipeline.eval.every has no effect here: titans submit has checkpoints evaluated"
+            notes = [*notes, told]
         root = self._directory.checkpoints
         for name in retention.remove_leftovers(root):  # before one is chosen
             notes = [*notes, f"removed the remains of an interrupted save: {root / name}"]

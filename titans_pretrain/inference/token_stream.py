@@ -5,8 +5,9 @@ holds two characters side by side, no token crosses from one to the other, whate
 them: what is before such a border and what is behind it can be tokenized apart.
 """
 
+import base64
 import json
-import string
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,11 @@ from titans_pretrain.errors import UserError
 
 SPACE = "▁"
 BYTES = 256
-_PLAIN = frozenset(string.ascii_lowercase + string.digits)
+LONGEST = 2**16  # characters that may wait for a border
 _COLLAPSING = {(r"\A +| +\z", ""), (" {2,}", " ")}
+_JOINING_KINDS = {"Mn", "Mc", "Me", "Cc", "Cf", "Cn"}
+_JAMO = (range(0x1100, 0x1200), range(0xA960, 0xA980), range(0xD7B0, 0xD800))
+_JOINING = {"\u0e33", "\u0eb3"} | {chr(code) for block in _JAMO for code in block}
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,17 @@ class Borders:
 
     Attributes:
         inside: all pairs of characters that stand side by side in a piece.
-        closed: characters at which a control piece begins or ends.
+        closed: characters at which a control piece or a piece of the user's begins or ends.
         known: the characters that have a token, None where bytes spell the others.
-        normalized: the text is normalized, so that only plain characters are what they seem.
+        normalizer: of the tokenizers library, what changes more than spaces; None where none does.
+        collapsing: runs of spaces become one.
     """
 
     inside: frozenset[str]
     closed: frozenset[str]
     known: frozenset[str] | None
-    normalized: bool
+    normalizer: Any
+    collapsing: bool
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Borders":
@@ -57,34 +63,45 @@ class Borders:
             if model.get(name):
                 raise _refusal(f"it has a {name}")
         strips = ("lstrip", "rstrip", "single_word")
-        if any(not one["special"] or any(one[name] for name in strips) for one in added):
-            raise _refusal("it has user-defined pieces")
-        literal = [one["content"] for one in added]
+        if any(one[name] for one in added for name in strips):
+            raise _refusal("its pieces take in what stands around them")
+        literal = _literal(backend, added)
         pieces = [entry[0] if isinstance(entry, list) else entry for entry in model["vocab"]]
         bytes_ = {f"<0x{value:02X}>" for value in range(BYTES)}
         if any("<0x" in piece and piece not in bytes_ for piece in pieces):
             raise _refusal("it merges bytes")
         spelt = model.get("byte_fallback") and bytes_ <= set(pieces)
+        normalizer, collapsing = _normalizing(parts["normalizer"])
         return cls(
             inside=frozenset(pair for piece in (*pieces, *literal) for pair in _pairs(piece)),
             closed=frozenset(end for piece in literal for end in (piece[0], piece[-1])),
             known=None if spelt else frozenset("".join(pieces)),
-            normalized=_normalizes(parts["normalizer"]),
+            normalizer=normalizer,
+            collapsing=collapsing,
         )
 
-    def between(self, before: str, after: str) -> bool:
-        """Whether a text may be cut between two characters."""
-        if self.normalized and not (before in _PLAIN and (after in _PLAIN or after == " ")):
-            return False
+    def between(self, before: str, after: str, following: str = "") -> bool:
+        """Whether a text may be cut between two characters; ``following`` is the one behind."""
         pair = _spaced(before + after)
-        if pair in self.inside or not self.closed.isdisjoint((before, after)):
+        if pair in self.inside or not self.closed.isdisjoint((before, after, *pair)):
             return False
-        return self.known is None or self.known.issuperset(pair)
+        if self.known is not None and not self.known.issuperset(pair):
+            return False
+        if self.collapsing and before == " ":
+            return False
+        return self.normalizer is None or self._stays(before, after, following)
 
     def last(self, text: str) -> int:
         """Characters of ``text`` before its last border, 0 where it has none."""
         cuts = range(len(text) - 1, 0, -1)
-        return next((cut for cut in cuts if self.between(text[cut - 1], text[cut])), 0)
+        found = (c for c in cuts if self.between(text[c - 1], text[c], text[c + 1 : c + 2]))
+        return next(found, 0)
+
+    def _stays(self, before: str, after: str, following: str) -> bool:
+        """Whether two characters are left as they are, whatever stands around them."""
+        if not following or any(map(_joins, (before, after, following))):
+            return False
+        return all(self.normalizer.normalize_str(t) == t for t in (before, after, before + after))
 
 
 class TokenStream:
@@ -109,7 +126,7 @@ class TokenStream:
 
     def feed(self, text: str) -> list[int]:
         """The ids that are certain once ``text`` has come; the rest waits for what follows."""
-        searched = max(len(self.pending) - 1, 0)
+        searched = max(len(self.pending) - 2, 0)  # a border may depend on the character behind it
         joined = self.pending + text
         cut = self._borders.last(joined[searched:])
         if not cut:
@@ -124,6 +141,24 @@ class TokenStream:
         """The ids of all that is left if the text ends with ``text``."""
         return self._ids(self.pending + text)
 
+    def check_waiting(self, where: str, read: int) -> None:
+        """Refuse a text of which too much waits for a border.
+
+        Args:
+            where: the text's name.
+            read: bytes of it that ``pending`` ends at.
+
+        Raises:
+            UserError: more than 65,536 characters wait.
+        """
+        if len(self.pending) > LONGEST:
+            first = max(read - len(self.pending.encode()), 0)
+            raise UserError(
+                f"in {LONGEST:,} characters from byte {first:,} on no token is sure to end",
+                where=where,
+                fix="break the text into lines there, or leave that part out",
+            )
+
     def _ids(self, text: str) -> list[int]:
         """Ids of a text that stands behind the context."""
         known = len(self._encode(self.context)) if self.context else 0
@@ -134,6 +169,16 @@ class TokenStream:
         return list(encoded["input_ids"])
 
 
+def _literal(backend: Any, added: Iterable[dict[str, Any]]) -> list[str]:
+    """The pieces that are looked for before all others, and as they are once normalized."""
+    found = [one["content"] for one in added]
+    if backend.normalizer is not None:
+        found += [
+            backend.normalizer.normalize_str(one["content"]) for one in added if one["normalized"]
+        ]
+    return [_spaced(piece) for piece in found if piece]
+
+
 def _pairs(piece: str) -> Iterable[str]:
     return (piece[at : at + 2] for at in range(len(piece) - 1))
 
@@ -142,20 +187,30 @@ def _spaced(text: str) -> str:
     return text.replace(" ", SPACE)
 
 
-def _normalizes(normalizer: Any) -> bool:
-    """Whether a tokenizer changes more than spaces."""
+def _joins(character: str) -> bool:
+    """Whether a character may become one with the one before or behind it."""
+    return character in _JOINING or unicodedata.category(character) in _JOINING_KINDS
+
+
+def _normalizing(normalizer: Any) -> tuple[Any, bool]:
+    """What of a tokenizer's normalizer changes more than spaces, and whether it removes some."""
+    from tokenizers import normalizers
+
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    found = False
+    found, collapsing = None, False
     for step in steps:
         pattern = step.get("pattern", {})
         content, regex = step.get("content"), pattern.get("Regex", "")
         prefix = step["type"] == "Prepend" or (regex.startswith(r"\A(?!") and content == SPACE)
         if prefix or (pattern.get("String") == " " and content == SPACE):
             continue
-        if step["type"] != "Precompiled" and (regex, content) not in _COLLAPSING:
+        if (regex, content) in _COLLAPSING:
+            collapsing = True
+        elif step["type"] == "Precompiled" and found is None:
+            found = normalizers.Precompiled(base64.b64decode(step["precompiled_charsmap"]))
+        else:
             raise _refusal(f"its normalizer has a step {step['type']}")
-        found = True
-    return found
+    return found, collapsing
 
 
 def _refusal(reason: str) -> UserError:

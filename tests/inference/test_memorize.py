@@ -9,10 +9,11 @@ from tiny_run import make_model
 from tokenizer_models import corpus
 from transformers import PreTrainedTokenizerFast
 
-from titans_pretrain import cli, generate, memorize, memory_file
+from titans_pretrain import cli
 from titans_pretrain.errors import UserError
-from titans_pretrain.generate import Sampling
-from titans_pretrain.prefill import new_cache, prefill
+from titans_pretrain.inference import generate, memorize, memory_file
+from titans_pretrain.inference.generate import Sampling
+from titans_pretrain.inference.prefill import new_cache, prefill
 
 TEXT = "\n".join(corpus(9)) + "\n漢字 mevu"
 PIECE = 32  # of some 300 tokens
@@ -239,7 +240,9 @@ def test_what_was_saved_of_another_text_or_memory_is_not_gone_on_from(
     left.write_bytes(kept)
     text.write_text("Another text: " + TEXT)
     memorize.memorize(exported, text, memory, device="cpu")
-    assert "going on" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "going on" not in told
+    assert "is of another text, or of another memory before it: reading begins anew" in told
 
 
 def test_a_text_not_read_to_its_end_is_no_memory_yet(
@@ -278,6 +281,10 @@ def test_a_memory_that_is_not_finite_is_not_written(models, exported, text, tmp_
         ("MODEL text nowhere/OUT", "nothing can be written into nowhere"),
         ("MODEL text OUT --memory missing", "there is no such memory"),
         ("MODEL text OUT --memory text", "the memory cannot be read"),
+        ("MODEL text OUT --memory .", "a directory is no memory"),
+        ("MODEL OUT.unfinished OUT", "the text has the name"),
+        ("MODEL text OUT --memory OUT.unfinished", "the earlier memory has the name"),
+        ("MODEL text text2", "where reading is saved is another file"),
         ("MODEL text OUT --device abacus", "device 'abacus' cannot be used"),
         ("missing text OUT", "missing is no directory"),
     ],
@@ -287,6 +294,9 @@ def test_mistakes_are_told_in_three_lines(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").touch()
+    (tmp_path / "text2.unfinished").write_text("the user's own")
+    if "OUT.unfinished" in words:
+        (tmp_path / "OUT.unfinished").write_text("the user's own")
     (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "cut").write_bytes("a 漢".encode()[:-1])
     assert cli.main(["memorize", *words.replace("MODEL", str(exported)).split()]) == 2
@@ -294,6 +304,30 @@ def test_mistakes_are_told_in_three_lines(
     assert what in told[0]
     assert len(told) == 3
     assert not (tmp_path / "OUT").exists()
+    assert all(path.read_text() == "the user's own" for path in tmp_path.glob("*.unfinished"))
+
+
+def test_a_text_is_not_read_twice_where_the_end_was_cut_off(
+    models, exported, text, tmp_path, monkeypatch, capsys
+):
+    """Killed once the memory is written, before the part saved on the way is deleted."""
+    models("lmm")
+    memory, left = tmp_path / "memory", tmp_path / "memory.unfinished"
+    memorize.memorize(exported, text, memory, device="cpu")
+    text.write_text("Another text. " * 40)
+    with monkeypatch.context() as patch:
+        _killed(patch, blocks=3)
+        with pytest.raises(KeyboardInterrupt):
+            memorize.memorize(exported, text, memory, earlier=memory, device="cpu")
+    kept = left.read_bytes()
+    wanted = memorize.memorize(exported, text, memory, earlier=memory, device="cpu")
+    left.write_bytes(kept)
+    whole = memory.read_bytes()
+    found = memorize.memorize(exported, text, memory, earlier=memory, device="cpu")
+    assert "has already read" in capsys.readouterr().err
+    assert found.tokens == wanted.tokens
+    assert memory.read_bytes() == whole
+    assert not left.exists()
 
 
 def test_ids_that_the_model_does_not_know_are_refused(models, exported, text, tmp_path):
@@ -325,6 +359,8 @@ def test_a_memory_is_not_for_another_model(models, exported, memory_of_text, tmp
         (["--memory", "m", "--no-cache"], "a memory is a cache"),
         (["--beams", "0"], "--beams is 0"),
         (["--beams", "2", "--temperature", "0.5"], "--temperature is 0.5 with 2 beams"),
+        (["--beams", "2", "--top-k", "5"], "--top-k says nothing"),
+        (["--temperature", "0", "--top-p", "0.5"], "--top-p says nothing"),
         (["--memory", "missing"], "there is no such memory"),
     ],
 )

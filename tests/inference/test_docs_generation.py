@@ -36,11 +36,11 @@ def test_the_page_s_commands_and_code_run_in_order(exported, tmp_path, capfd):
     assert both > first
     assert capfd.readouterr().out.startswith(f"{first} (1, ")
     assert (tmp_path / "look.png").read_bytes().startswith(b"\x89PNG")
-    assert list(json.loads((tmp_path / "first.json").read_text())["layers"]) == ["0"]
+    assert list(json.loads((tmp_path / "first.memory.json").read_text())["layers"]) == ["0"]
 
 
 def test_the_table_names_every_number_of_a_layer():
-    from titans_pretrain.memory_trace import LayerTrace
+    from titans_pretrain.inference.memory_trace import LayerTrace
 
     for name in vars(LayerTrace()):
         assert f"`{name}`" in PAGE, name

@@ -1,40 +1,27 @@
 """What a model's memory does along a text: surprise, gates, writes and states, layer by layer."""
 
+import json
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain import generate
 from titans_pretrain.errors import UserError
 from titans_pretrain.files import atomic_file, write_json
-from titans_pretrain.memory_trace import LayerTrace, trace
-from titans_pretrain.prefill import check_memory
-from titans_pretrain.token_stream import TokenStream
+from titans_pretrain.inference import generate
+from titans_pretrain.inference.memory_picture import draw
+from titans_pretrain.inference.memory_trace import Inspection, trace
+from titans_pretrain.inference.prefill import check_memory
+from titans_pretrain.inference.prompts import check_ids
+from titans_pretrain.inference.text_file import Decoder
+from titans_pretrain.inference.token_stream import TokenStream
 
 FORMAT = "titans-memory-trace/1"
 MARKED = 12
-_BLOCK = 4096  # characters
+_BLOCK = 4096  # bytes
 _DIGITS = 6
 _ASCII = re.compile("^<0x([0-7][0-9A-F])>$")
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What was found.
-
-    Attributes:
-        tokens: the text of every token.
-        layers: number of a layer to its trace.
-        most: positions of the tokens that moved the memory most, the first the most.
-        moved: per token, the mean over layers of how far it moved the memory.
-    """
-
-    tokens: list[str]
-    layers: dict[int, LayerTrace]
-    most: list[int]
-    moved: list[float]
 
 
 def inspect_memory(
@@ -51,7 +38,7 @@ def inspect_memory(
     Args:
         directory: what ``titans export`` wrote, of a variant with memory.
         file: the text, UTF-8.
-        picture: the PNG; the numbers go to the same name with ``.json``.
+        picture: the PNG; ``numbers_path`` tells where the numbers go.
         tokens: of the text, the first; fewer where it is shorter.
         layers: numbers of the layers, from 0; None for all.
         device: ``cpu``, ``cuda``, ``cuda:1``, …; ``auto`` takes a GPU if there is one.
@@ -60,22 +47,18 @@ def inspect_memory(
         What was drawn.
 
     Raises:
-        UserError: the model has no memory or no such layer, or the text is empty or not UTF-8.
+        UserError: the model has no memory or no such layer, the text is empty or not UTF-8, or
+            a file is in the way.
     """
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from titans_pretrain.memory_picture import draw
-
-    if picture.suffix != ".png":
-        raise UserError(
-            f"{picture.name} is no name of a PNG", where="--output", fix="let it end with .png"
-        )
+    _check_paths(file, picture)
     disable_progress_bar()
     set_verbosity_error()
     model, tokenizer = generate.load(directory)
     check_memory(model, str(directory))
     ids = _read(file, tokenizer, tokens)
-    generate.check_ids(ids, model)
+    check_ids(ids, model)
     chosen = _layers(layers, model.config.num_hidden_layers)
     model.to(generate.choose_device(device))
     traces = trace(model, ids, chosen)
@@ -85,8 +68,46 @@ def inspect_memory(
     found = Inspection(_spelt(tokenizer, ids), traces, most, moved)
     with atomic_file(picture) as handle:
         draw(found, handle, title=f"{directory.name}, {file.name}")
-    write_json(picture.with_suffix(".json"), _facts(found, directory, file, model))
+    write_json(numbers_path(picture), _facts(found, directory, file, model))
     return found
+
+
+def numbers_path(picture: Path) -> Path:
+    """The file of a picture's numbers: ``look.memory.json`` for ``look.png``."""
+    return picture.with_name(picture.stem.removesuffix(".memory") + ".memory.json")
+
+
+def _check_paths(file: Path, picture: Path) -> None:
+    """Refuse what would fail only after the work, or write over something else."""
+    if picture.suffix != ".png":
+        raise UserError(
+            f"{picture.name} is no name of a PNG", where="--output", fix="let it end with .png"
+        )
+    if not file.is_file():
+        raise UserError(f"{file} is no file", where=str(file), fix="give a text file")
+    if not (picture.parent.is_dir() and os.access(picture.parent, os.W_OK)):
+        raise UserError(
+            f"nothing can be written into {picture.parent}",
+            where="--output",
+            fix="make the directory, or change its permissions",
+        )
+    numbers = numbers_path(picture)
+    if file.resolve() in (picture.resolve(), numbers.resolve()):
+        raise UserError(f"{file} would be written over", where="--output", fix="give another name")
+    if numbers.exists() and not _is_ours(numbers):
+        raise UserError(
+            f"{numbers} is there and is no memory's numbers",
+            where="--output",
+            fix="give another name, or move it away",
+        )
+
+
+def _is_ours(numbers: Path) -> bool:
+    try:
+        told = json.loads(numbers.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("format") == FORMAT
 
 
 def table(found: Inspection) -> str:
@@ -107,20 +128,14 @@ def table(found: Inspection) -> str:
 
 def _read(file: Path, tokenizer: Any, count: int) -> list[int]:
     """The text's first tokens."""
-    if not file.is_file():
-        raise UserError(f"{file} is no file", where=str(file), fix="give a text file")
-    stream = TokenStream(tokenizer)
+    stream, decoder = TokenStream(tokenizer), Decoder(str(file))
     ids: list[int] = []
-    try:
-        with open(file, encoding="utf-8", newline="") as handle:
-            while len(ids) < count and (text := handle.read(_BLOCK)):
-                ids += stream.feed(text)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"the text is not UTF-8: {error.reason}", where=str(file), fix="convert it to UTF-8"
-        ) from None
+    with open(file, "rb") as handle:
+        while len(ids) < count and (block := handle.read(_BLOCK)):
+            ids += stream.feed(decoder.text(block))
+            stream.check_waiting(str(file), decoder.read - len(decoder.waiting))
     if len(ids) < count:
-        ids += stream.finish()
+        ids += stream.finish(decoder.text(b"", final=True))
     if not ids:
         raise UserError("the text is empty", where=str(file), fix="give a file with text")
     return ids[:count]

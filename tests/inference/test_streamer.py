@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_token_stream import tokenizer_of
 
-from titans_pretrain.streamer import Streamer
+from titans_pretrain.inference.streamer import Streamer
 
 
 @pytest.fixture(scope="module")

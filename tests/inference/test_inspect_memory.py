@@ -7,15 +7,15 @@ import torch
 from tiny_run import make_model
 from tokenizer_models import corpus
 
-from titans_pretrain import cli, inspect_memory, memory_trace
+from titans_pretrain import cli
 from titans_pretrain.errors import TitansError
-from titans_pretrain.inspect_memory import Inspection
-from titans_pretrain.memory_picture import draw
-from titans_pretrain.memory_trace import LayerTrace, trace
+from titans_pretrain.inference import inspect_memory, memory_trace
+from titans_pretrain.inference.memory_picture import draw
+from titans_pretrain.inference.memory_trace import Inspection, LayerTrace, trace
+from titans_pretrain.inference.prefill import new_cache, prefill
 from titans_pretrain.model import memory_reference
 from titans_pretrain.model.memory_chunk import MemoryState
 from titans_pretrain.model.memory_coefficients import coefficients
-from titans_pretrain.prefill import new_cache, prefill
 
 VARIANTS = ["lmm", "mac", "mag", "mal"]
 IDS = torch.randint(3, 500, (19,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -177,7 +177,7 @@ def test_picture_numbers_and_table_are_written(exported, tmp_path, capsys):
     assert cli.main([*words, "--tokens", "30", "--layer", "1", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    facts = json.loads((tmp_path / "look.json").read_text())
+    facts = json.loads((tmp_path / "look.memory.json").read_text())
     assert list(facts["layers"]) == ["1"]
     assert len(facts["tokens"]) == len(facts["moved"]) == 30
     assert text.read_text().startswith("".join(facts["tokens"]).strip())
@@ -185,6 +185,10 @@ def test_picture_numbers_and_table_are_written(exported, tmp_path, capsys):
     assert facts["most"][0] == moved.index(max(moved))
     assert f"{facts['tokens'][facts['most'][0]]!r} ({facts['most'][0]})" in told
     assert all(len(facts["layers"]["1"][name]) == 30 for name in ("surprise", "remembered"))
+    assert str(tmp_path / "look.memory.json") in told
+    words += ["--tokens", "9", "--layer", "1", "--device", "cpu"]
+    assert cli.main(words) == 0  # numbers of its own may be replaced
+    assert len(json.loads((tmp_path / "look.memory.json").read_text())["tokens"]) == 9
 
 
 @pytest.mark.parametrize(
@@ -192,15 +196,21 @@ def test_picture_numbers_and_table_are_written(exported, tmp_path, capsys):
     [
         ("MODEL missing", "missing is no file"),
         ("MODEL empty", "the text is empty"),
-        ("MODEL latin", "the text is not UTF-8"),
+        ("MODEL latin", "not UTF-8: byte 3 is 0xe9"),
         ("MODEL text --layer 2", "there is no layer 2"),
         ("MODEL text --output look.jpg", "look.jpg is no name of a PNG"),
+        ("MODEL text --output nowhere/look.png", "nothing can be written into nowhere"),
+        ("MODEL text.png --output text.png", "text.png would be written over"),
+        ("MODEL look.memory.json --output look.png", "look.memory.json would be written over"),
+        ("MODEL text --output foreign.png", "foreign.memory.json is there"),
         ("MODEL text --device abacus", "device 'abacus' cannot be used"),
     ],
 )
 def test_mistakes_are_told_in_three_lines(words, what, exported, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("Bo ba ro mevu.")
+    for name in ("text.png", "look.memory.json", "foreign.memory.json"):
+        (tmp_path / name).write_text('{"format": "mine"}')
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
     arguments = words.replace("MODEL", str(exported)).split()

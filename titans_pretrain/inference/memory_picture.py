@@ -1,10 +1,9 @@
 """The picture of ``titans inspect-memory``."""
 
 from collections.abc import Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-if TYPE_CHECKING:
-    from titans_pretrain.inspect_memory import Inspection
+from titans_pretrain.inference.memory_trace import Inspection
 
 _LABELS = 80  # fit side by side
 _DARK = 0.9  # of the colours, those that show on white
@@ -12,7 +11,7 @@ _SMOOTHED = 400  # tokens above which a mean is drawn over the single ones
 _GATES = {"forget": r"forget $\alpha$", "momentum": r"momentum $\eta$", "step": r"step $\theta$"}
 
 
-def draw(found: "Inspection", handle: IO[bytes], *, title: str) -> None:
+def draw(found: Inspection, handle: IO[bytes], *, title: str) -> None:
     """Draw an inspection as PNG into an open file."""
     import matplotlib as mpl
 
@@ -54,7 +53,7 @@ def draw(found: "Inspection", handle: IO[bytes], *, title: str) -> None:
     plt.close(figure)
 
 
-def _draw_map(figure: Any, axes: Any, found: "Inspection") -> None:
+def _draw_map(figure: Any, axes: Any, found: Inspection) -> None:
     """How far each token moved each layer's memory; the tokens that moved it most by name."""
     rows = [one.written for one in found.layers.values()]
     image = axes.imshow(

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_run import make_model
 
 from titans_pretrain.errors import UserError
-from titans_pretrain.memory_file import Memory, Owner, Reading, fingerprint, load, save
-from titans_pretrain.prefill import new_cache, prefill
+from titans_pretrain.inference.memory_file import Memory, Owner, Reading, fingerprint, load, save
+from titans_pretrain.inference.prefill import new_cache, prefill
 
 OWNER = Owner("exported/demo", "f" * 64, "float32")
 

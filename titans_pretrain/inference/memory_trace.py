@@ -51,6 +51,23 @@ class LayerTrace:
     start: float = 0.0
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        tokens: the text of every token.
+        layers: number of a layer to its trace.
+        most: positions of the tokens that moved the memory most, the first the most.
+        moved: per token, the mean over layers of how far it moved the memory.
+    """
+
+    tokens: list[str]
+    layers: dict[int, LayerTrace]
+    most: list[int]
+    moved: list[float]
+
+
 def trace(model: Any, ids: Sequence[int], layers: Sequence[int]) -> dict[int, LayerTrace]:
     """Read a text and take the numbers of some layers.
 

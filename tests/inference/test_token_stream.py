@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from titans_pretrain.errors import UserError
 from titans_pretrain.export.tokenizer import convert
-from titans_pretrain.token_stream import TokenStream
+from titans_pretrain.inference import token_stream
+from titans_pretrain.inference.token_stream import Borders, TokenStream
 
 KINDS = {
     "as Llama's": {},
@@ -22,7 +23,13 @@ KINDS = {
         "normalization_rule_name": "nmt_nfkc_cf",
         "remove_extra_whitespaces": True,
     },
+    "the user's pieces": {"user_defined_symbols": ["<sep>", "ba", "é<"]},
+    "the user's pieces, normalized": {
+        "user_defined_symbols": ["<sep>", "BA", "mevu ro"],
+        "normalization_rule_name": "nmt_nfkc_cf",
+    },
 }
+FOREIGN = "Жёлтый чай с ложкой мёда. 漢字とかな交じり文です。 Ελληνικά γράμματα, שלום עולם.\n"  # noqa: RUF001
 
 
 def tokenizer_of(**options):
@@ -56,6 +63,8 @@ def odd_text(seed):
                 ["a" * rng.randint(1, 30), " " * rng.randint(0, 4)],
                 ["漢字😀é</s> x ▁▁<unk>e\u0301 ", chr(rng.randrange(0x2000))],
                 [chr(rng.randrange(32, 127)) for _ in range(30)],
+                [FOREIGN, rng.choice(["<sep>", "ba<sep>", "BA ba", " mevu ro"])],
+                ["xa\u0301", "e\u0302", "か\u3099", "\u1112\u1161\u11ab", "ﬁ①", "i\u0307"],
             ]
         )
     return "".join(parts)
@@ -101,6 +110,35 @@ def test_little_waits_for_what_follows(plain):
         assert 0 < len(stream.pending) < 30
 
 
+@pytest.mark.parametrize("kind", ["normalized", "lower case, spaces removed", "the user's pieces"])
+def test_little_of_another_alphabet_s_text_waits(kind):
+    tokenizer = tokenizer_of(**KINDS[kind])
+    stream = TokenStream(tokenizer)
+    ids = []
+    for _ in range(20):
+        ids += stream.feed(FOREIGN)
+        assert len(stream.pending) < 60
+    assert ids + stream.finish() == tokenizer(FOREIGN * 20)["input_ids"]
+
+
+def test_a_letter_waits_for_the_accent_that_may_follow():
+    tokenizer = tokenizer_of(**KINDS["normalized"])
+    borders = Borders.of(tokenizer)
+    assert borders.between("漢", "字", "漢")
+    assert not borders.between("漢", "a", "\u0301")
+    assert not borders.between("漢", "字", "")
+    assert not borders.between("漢", "ﬁ", "a")
+
+
+def test_what_waits_too_long_is_refused_by_its_byte(plain):
+    stream = TokenStream(plain, pending="é" * token_stream.LONGEST)
+    stream.check_waiting("text", 10 + 2 * token_stream.LONGEST)
+    stream.pending += "é"
+    with pytest.raises(UserError, match="from byte 10 on") as caught:
+        stream.check_waiting("text", 12 + 2 * token_stream.LONGEST)
+    assert caught.value.where == "text"
+
+
 def test_a_text_without_a_border_waits_whole(plain):
     stream = TokenStream(plain)
     known = max((piece for piece in plain.get_vocab() if piece.isalpha()), key=len)[:2]
@@ -131,10 +169,6 @@ def _eats_spaces(parts):
     parts["added_tokens"][0]["rstrip"] = True
 
 
-def _has_a_piece_of_the_users(parts):
-    parts["added_tokens"][0]["special"] = False
-
-
 def _strips(parts):
     parts["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
 
@@ -149,8 +183,7 @@ def _is_of_another_kind(parts):
     [
         (_splits_words, "it has a pre-tokenizer"),
         (_drops_merges, "it has a dropout"),
-        (_eats_spaces, "user-defined pieces"),
-        (_has_a_piece_of_the_users, "user-defined pieces"),
+        (_eats_spaces, "take in what stands around"),
         (_strips, "a step Strip"),
         (_is_of_another_kind, "it is a WordLevel"),
     ],

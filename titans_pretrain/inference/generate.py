@@ -2,21 +2,23 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import UserError
-from titans_pretrain.prefill import check_memory, is_titans, new_cache, prefill
-from titans_pretrain.streamer import Streamer
-from titans_pretrain.token_stream import TokenStream
+from titans_pretrain.inference.prefill import check_memory, is_titans, new_cache, prefill
+from titans_pretrain.inference.prompts import check_ids, check_positions, prompt_ids
+from titans_pretrain.inference.streamer import Streamer
+from titans_pretrain.inference.token_stream import TokenStream
 
 log = logging.getLogger(__name__)
 _CODE = {
-    "titans": Path(__file__).parent / "model",
-    "titans_baseline": Path(__file__).parent / "baselines",
+    "titans": Path(__file__).parents[1] / "model",
+    "titans_baseline": Path(__file__).parents[1] / "baselines",
 }
 _TEMPERATURE = 0.8
 _COLDEST = 1e-6  # below, logits divided by the temperature may overflow float32
@@ -32,8 +34,8 @@ class Sampling:
         max_new_tokens: tokens to add; fewer if the model ends the document.
         temperature: of the softmax, at least 1e-6; 0 takes the likeliest token. None is 0.8, or
             0 with beams.
-        top_k: sample among that many likeliest tokens; 0 among all.
-        top_p: sample among the likeliest tokens of that total probability.
+        top_k: sample among that many likeliest tokens; 0 or None among all.
+        top_p: sample among the likeliest tokens of that total probability; None among all.
         seed: of the draw, less than 2**64.
         use_cache: keep the memory's state from token to token; off recomputes everything.
         beams: likeliest texts that are kept side by side; the best is the result.
@@ -41,8 +43,8 @@ class Sampling:
 
     max_new_tokens: int = 100
     temperature: float | None = None
-    top_k: int = 0
-    top_p: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
     seed: int = 0
     use_cache: bool = True
     beams: int = 1
@@ -59,8 +61,12 @@ class Sampling:
                 f"use 0 for the likeliest token, or at least {_COLDEST}",
             ),
             ("beams", self.beams >= 1, "use at least 1"),
-            ("top_k", self.top_k >= 0, "use 0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "use more than 0 and at most 1"),
+            ("top_k", self.top_k is None or self.top_k >= 0, "use 0 or more"),
+            (
+                "top_p",
+                self.top_p is None or 0 < self.top_p <= 1,
+                "use more than 0 and at most 1",
+            ),
             ("seed", 0 <= self.seed < 2**64, "use 0 or more, and less than 2**64"),
         ):
             if not good:
@@ -72,13 +78,20 @@ class Sampling:
                 where="command line",
                 fix="leave one of them out",
             )
+        for name in ("top_k", "top_p"):
+            if not self.temperature and getattr(self, name) is not None:
+                raise UserError(
+                    f"--{name.replace('_', '-')} says nothing where the likeliest is taken",
+                    where="command line",
+                    fix="leave it out, or draw with a --temperature and without --beams",
+                )
 
     def options(self) -> dict[str, Any]:
         """What transformers' ``generate`` takes."""
         options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         if self.temperature:
             options |= {"do_sample": True, "temperature": self.temperature}
-            options |= {"top_k": self.top_k, "top_p": self.top_p}
+            options |= {"top_k": self.top_k or 0, "top_p": self.top_p or 1.0}
         return options | {"num_beams": self.beams}
 
 
@@ -122,9 +135,8 @@ def generate(
     model.to(choose_device(device))
     with torch.inference_mode():
         begun = _begin(directory, model, tokenizer, prompt, memory)
-        told = tokenizer.decode(begun.ids, skip_special_tokens=True)
-        hidden = len(told) - len(prompt) if memory and told.endswith(prompt) else 0
-        streamer = Streamer(tokenizer, begun.ids, hidden)
+        check_positions(model, len(begun.ids), sampling.max_new_tokens)
+        streamer = Streamer(tokenizer, begun.ids, begun.hidden)
         if sampling.temperature:
             torch.manual_seed(sampling.seed)
         _go_on(model, begun, sampling, streamer)
@@ -133,18 +145,19 @@ def generate(
 
 @dataclass
 class _Begun:
-    """A text's ids, and what has read those that are behind it."""
+    """A text's ids, what has read those before it, and how much of it the user did not give."""
 
     ids: list[int]
     cache: Any = None
+    hidden: int = 0
 
 
 def _begin(directory: Path, model: Any, tokenizer: Any, prompt: str, memory: Path | None) -> _Begun:
     if memory is None:
-        ids = _ids(tokenizer, prompt)
+        ids = prompt_ids(tokenizer, prompt)
         check_ids(ids, model)
         return _Begun(ids)
-    from titans_pretrain import memory_file
+    from titans_pretrain.inference import memory_file
 
     check_memory(model, str(directory))
     held = memory_file.load(memory, model, memory_file.Owner.of(directory, model))
@@ -154,9 +167,12 @@ def _begin(directory: Path, model: Any, tokenizer: Any, prompt: str, memory: Pat
             where=str(memory),
             fix="run the same titans memorize command again",
         )
-    ids = TokenStream(tokenizer, held.context, held.pending).finish(prompt)
+    stream = TokenStream(tokenizer, held.context, held.pending)
+    ids = stream.finish(prompt)
     check_ids(ids, model)
-    return _Begun(ids, held.cache)
+    told = (tokenizer.decode(of, skip_special_tokens=True) for of in (ids, stream.finish()))
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(*told, strict=False))
+    return _Begun(ids, held.cache, len(list(alike)))
 
 
 def _go_on(model: Any, begun: _Begun, sampling: Sampling, streamer: Streamer) -> None:
@@ -191,7 +207,7 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
     A Titans model runs on the installed code, which is what it was exported with; a difference
     between the two is warned about. Another kind runs transformers' own code, or that of the
     directory if ``trust_remote_code`` says so. Weights are read from safetensors files only. The
-    ``manifest.json`` of a Titans model is compared with every byte, where it is there.
+    ``manifest.json`` of an export is compared with every byte, where it is there.
 
     Raises:
         UserError: the directory holds no model that can be loaded, or not all of it, or more.
@@ -209,8 +225,8 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
         "output_loading_info": True,
     }
     try:
+        _check_files(directory)
         if found.get("model_type") in _CODE:
-            _check_files(directory)
             _compare_code(directory, _CODE[found["model_type"]])
             model_class = _installed_class(found["model_type"])
             model, loading = model_class.from_pretrained(directory, **options)
@@ -351,24 +367,3 @@ def choose_device(name: str) -> Any:
             where="--device",
             fix="use cpu, or the cuda device of this machine",
         ) from None
-
-
-def _ids(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt's tokens; a document's beginning for an empty one."""
-    text = prompt or tokenizer.bos_token or tokenizer.eos_token
-    if not text:
-        raise UserError(
-            "the model has no token to begin a document with", where="PROMPT", fix="give a prompt"
-        )
-    return list(tokenizer(text)["input_ids"])
-
-
-def check_ids(ids: Sequence[int], model: Any) -> None:
-    """Refuse token ids that the model has no embedding for."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if max(ids, default=0) >= vocabulary:
-        raise UserError(
-            f"the tokenizer's ids exceed the model's {vocabulary}",
-            where="tokenizer.json",
-            fix="export the model again",
-        )

@@ -43,7 +43,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Reading:
-    """How far a file has been read whose reading was interrupted.
+    """How far a file has been read.
 
     Attributes:
         bytes: of the file, from its beginning.
@@ -66,6 +66,7 @@ class Memory:
         context: the last character read.
         pending: the end of the text, not read yet: its last tokens depend on what follows.
         reading: of a file that has not come to its end; None where nothing is left to read.
+        last: the reading that came to its end last; None before the first.
         digest: of the file it was loaded from.
     """
 
@@ -74,6 +75,7 @@ class Memory:
     context: str = ""
     pending: str = ""
     reading: Reading | None = None
+    last: Reading | None = None
     digest: str = field(default="", compare=False)
 
 
@@ -103,6 +105,7 @@ def save(path: Path, memory: Memory, owner: Owner) -> None:
         "context": memory.context,
         "pending": memory.pending,
         "reading": None if memory.reading is None else asdict(memory.reading),
+        "last": None if memory.last is None else asdict(memory.last),
     }
     header = {name: json.dumps(value) for name, value in told.items()}
     header["sha256"] = _digest(tensors, header)
@@ -124,10 +127,37 @@ def load(path: Path, network: Any, owner: Owner) -> Memory:
         UserError: there is no memory, it is damaged, or another model's.
         OSError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     from titans_pretrain.model.cache import TitansCache
 
+    told, tensors, digest = _read(path)
+    _check_owner(path, Owner(**told["owner"]), owner)
+    cache = TitansCache(network.config)
+    for name, tensor in tensors.items():
+        _, number, key = name.split(".", 2)
+        cache.layers[int(number)].state[key] = tensor.to(network.device)
+    reading, last = (value and Reading(**value) for value in (told["reading"], told["last"]))
+    return Memory(cache, told["tokens"], told["context"], told["pending"], reading, last, digest)
+
+
+def owner_of(path: Path) -> Owner:
+    """The model that a memory belongs to.
+
+    Raises:
+        UserError: there is no memory, or it is damaged.
+        OSError: it cannot be read.
+    """
+    told, _, _ = _read(path)
+    return Owner(**told["owner"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """What a memory's header tells, its tensors, and its digest."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.is_dir():
+        raise UserError(
+            "a directory is no memory", where=str(path), fix="give what titans memorize wrote"
+        )
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             header = dict(handle.metadata() or {})
@@ -145,14 +175,7 @@ def load(path: Path, network: Any, owner: Owner) -> Memory:
         )
     if digest != _digest(tensors, header):
         raise _damaged(path, "it differs from its checksum")
-    told = {name: json.loads(value) for name, value in header.items()}
-    _check_owner(path, Owner(**told["owner"]), owner)
-    cache = TitansCache(network.config)
-    for name, tensor in tensors.items():
-        _, number, key = name.split(".", 2)
-        cache.layers[int(number)].state[key] = tensor.to(network.device)
-    reading = None if told["reading"] is None else Reading(**told["reading"])
-    return Memory(cache, told["tokens"], told["context"], told["pending"], reading, digest)
+    return {name: json.loads(value) for name, value in header.items()}, tensors, digest
 
 
 def _check_owner(path: Path, theirs: Owner, ours: Owner) -> None:

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from titans_pretrain import cli
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import UserError
-from titans_pretrain.generate import Sampling, generate, load
+from titans_pretrain.inference.generate import Sampling, generate, load
+from titans_pretrain.inference.prompts import prompt_ids
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
 
@@ -51,6 +52,26 @@ def test_an_empty_prompt_begins_a_document(exported, capsys):
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(exported)
     assert text == tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def test_a_continuation_beyond_the_model_s_positions_is_refused(exported, monkeypatch):
+    model, tokenizer = load(exported)
+    model.config.max_position_embeddings = 16
+    package = "titans_pretrain.inference.generate.load"
+    monkeypatch.setattr(package, lambda *_, **__: (model, tokenizer))
+    with pytest.raises(UserError, match="12 new ones are more than the model's 16 positions"):
+        generate(exported, "Bo mevu ro ba", GREEDY, device="cpu")
+
+
+def test_the_opening_token_is_not_put_twice(exported):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(exported)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 2)]
+    )
+    assert prompt_ids(tokenizer, "") == [2]
+    assert prompt_ids(tokenizer, "Bo")[0] == 2
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+from exported_model import exported, run  # noqa: F401
