@@ -50,7 +50,7 @@ $(DEMO)/model/config.json: $(DEMO)/run/.trained
 	$(BIN)/titans export $(DEMO)/run $(DEMO)/model
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow" -n 3
+	$(BIN)/pytest -m "not slow" -n 3 --durations 40
 
 test-full: $(READY)
 	$(BIN)/pytest -n 2

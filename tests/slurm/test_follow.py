@@ -96,7 +96,8 @@ def test_the_status_tells_what_runs_and_what_waits_and_stop_ends_both(slurm, run
     assert stages(run) == {"train": "RUNNING", "export": "PENDING (Dependency)"}
     out = said("stop", run, "--now", "--wait")
     assert f"cancelled job {after} (export), which waited" in out
-    assert slurm.states(job) == slurm.states(after) == {"CANCELLED"}
+    assert slurm.states(after) == {"CANCELLED"}
+    assert slurm.states(job) in ({"CANCELLED"}, {"COMPLETED"})  # it may see the file first
     assert slurm.states(foreign) == {"PENDING"}
     assert said("stop", run).startswith(f"nobody runs {run}")
 
