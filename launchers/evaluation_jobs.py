@@ -4,12 +4,12 @@ They never disturb the training: a thread of the attempt looks for new checkpoin
 goes wrong there is told and no more.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from launchers import job as jobs
 from launchers import slurm_utils, submitted
@@ -24,7 +24,8 @@ from titans_pretrain.files import atomic_file
 LOOK_SECONDS = 10.0
 ASK_SECONDS = 60.0  # between two questions to SLURM
 LAST_SECONDS = 10.0  # for the checkpoint that the attempt ends with
-TRIES = 3
+TRIES = 3  # in a row that finish nothing new
+AGAIN_SECONDS = 300.0  # before a job is repeated; twice that after each that finished nothing new
 REFUSALS = 5
 
 
@@ -59,7 +60,9 @@ class EvaluationJobs:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="evaluations", daemon=True)
         self._refused: dict[int, Refusal] = {}
-        self._ended: set[str] = set()
+        self._ended: dict[str, float] = {}  # monotonic time at which a job was first seen to be
+        self._under_way: set[int] = set()
+        self._failures: set[str] = set()
         self._asked = float("-inf")
         self._told = ""
 
@@ -68,12 +71,7 @@ class EvaluationJobs:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._over.set()
         if self._thread.is_alive():
             self._thread.join(LAST_SECONDS)
@@ -91,16 +89,22 @@ class EvaluationJobs:
         over = bool(steps) and steps[-1] >= self._config.train.steps
         at_most = None if over else chosen.at_once
         waiting = evaluations.awaited(self._run, chosen.every, at_most, steps)
+        for step in sorted(self._under_way.difference(waiting)):
+            self._under_way.discard(step)
+            self._tell_failure(step)
         under_way = {step: evaluations.jobs(self._run, step) for step in waiting}
         for step, ids in under_way.items():
             if not ids:
                 self._submit(step)
         under_way = {step: ids for step, ids in under_way.items() if ids}
+        self._under_way.update(under_way)
         if under_way and time.monotonic() - self._asked >= ASK_SECONDS:
             self._asked = time.monotonic()
             self._follow(under_way)
 
     def _watch(self) -> None:
+        with contextlib.suppress(OSError):
+            evaluations.tidy(self._run)
         while not self._over.wait(LOOK_SECONDS):
             self._try()
         self._try()
@@ -123,18 +127,38 @@ class EvaluationJobs:
             if job is not None and self._is_of(step, job) and not job.finished:
                 continue
             if ids[-1] not in self._ended:  # its file may come late over the network
-                self._ended.add(ids[-1])
-            elif evaluations.is_settled(self._run, step):
-                continue
-            elif len(ids) < TRIES:
-                say(f"evaluations: job {ids[-1]} of step {step} ended without a result")
-                self._submit(step)
-            else:
-                state = job.state if job is not None else "unknown to SLURM"
-                self._give_up(step, f"{len(ids)} jobs ended without a result, the last: {state}")
+                self._ended[ids[-1]] = time.monotonic()
+            elif not evaluations.is_settled(self._run, step):
+                self._repeat(step, ids, job.state if job is not None else "unknown to SLURM")
 
-    def _submit(self, step: int) -> None:
+    def _repeat(self, step: int, ids: list[str], state: str) -> None:
+        """Submit the evaluation of a step again when it is time, or give it up.
+
+        Not while another process evaluates it, by hand for instance: the job gave way to that.
+        """
+        if evaluations.is_under_way(self._run, step):
+            return
+        fruitless = evaluations.fruitless(self._run, step)
+        if fruitless >= TRIES:
+            self._give_up(step, f"{len(ids)} jobs ended without a result, the last: {state}")
+        elif time.monotonic() - self._ended[ids[-1]] >= AGAIN_SECONDS * 2**fruitless:
+            if step not in self._refused:
+                say(f"evaluations: job {ids[-1]} of step {step} ended without a result: {state}")
+            self._submit(step, fruitless)
+
+    def _tell_failure(self, step: int) -> None:
+        """Say why a job found that a step cannot be evaluated; of several the same, once."""
+        found = evaluations.of_step(self._run, step)
+        if found is not None and found.failure and found.failure not in self._failures:
+            self._failures.add(found.failure)
+            say(f"evaluations: step {step} cannot be evaluated: {found.failure}")
+
+    def _submit(self, step: int, fruitless: int = 0) -> None:
         """Submit the evaluation of a step, unless its job is queued or SLURM refused it just now.
+
+        Args:
+            step: of the checkpoint.
+            fruitless: jobs before this one that ended with nothing new finished.
 
         Raises:
             SlurmUnanswered: SLURM does not answer.
@@ -158,7 +182,8 @@ class EvaluationJobs:
             return
         del self._refused[step]
         submitted.record(self._run, jobs.evaluation(step), job, [], script)
-        evaluations.add_job(self._run, step, job)
+        evaluations.add_job(self._run, step, job, fruitless)
+        self._under_way.add(step)
         say(f"evaluations: job {job} evaluates step {step}")
 
     def _queued(self, step: int) -> list[str]:
@@ -187,4 +212,5 @@ class EvaluationJobs:
         checkpoint = self._run / "checkpoints" / layout.step_name(step)
         identity = evaluations.identity(checkpoint)
         evaluations.fail(self._run, step, identity, why)
+        self._under_way.discard(step)
         say(f"evaluations: step {step} is given up: {why}; titans eval-checkpoint {checkpoint}")

@@ -11,6 +11,7 @@ from launchers.job_step import interpreter, stage_launcher
 from launchers.job_step import step_command as step_command
 from launchers.job_text import JobSpec as JobSpec
 from launchers.job_text import text as text
+from titans_pretrain.baselines import foreign
 from titans_pretrain.config import RunConfig
 from titans_pretrain.config_job import StageName, StageSection
 from titans_pretrain.errors import UserError
@@ -233,7 +234,11 @@ def _work(
             )
         output = evaluation.output or str(directory / "eval")
         variables = {"MODEL": model, "OUT": output, "DATA": config.data.manifest}
-        chosen = ("--sequences", str(evaluation.sequences)) if evaluation.sequences else ()
+        chosen: tuple[str, ...] = ()
+        if evaluation.sequences:
+            chosen = ("--sequences", str(evaluation.sequences))
+        if foreign.package(str(config.model.get(foreign.KEY))):
+            chosen += ("--trust-remote-code",)  # whoever wrote the configuration named the package
         return "eval", variables, chosen
     data, manifest = config.pipeline.data, config.data.manifest
     if data is None or manifest is None:

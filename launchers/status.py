@@ -169,8 +169,8 @@ def _attempt(attempt: Any) -> str:
 def _evaluations(state: RunState) -> list[str]:
     """The newest evaluation's metrics, the steps of other settings, and those that failed."""
     scored = [one for one in state.evaluations if one.metrics]
-    done = scored[-1:]
-    others = [str(one.step) for one in scored if evaluations.differing(one, scored[-1])]
+    done = ([one for one in scored if not one.failure] or scored)[-1:]
+    others = [str(one.step) for one in scored if evaluations.differing(one, done[0])]
     lines = [f"evaluation of step {one.step}:" for one in done]
     lines += table(
         [[f"  {name}", f"{value:.4f}"] for one in done for name, value in one.metrics.items()]

@@ -16,7 +16,7 @@ from launchers.job_text import READY
 from titans_pretrain import config as run_config
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
-from titans_pretrain.files import atomic_file
+from titans_pretrain.files import atomic_file, held
 
 
 @dataclass(frozen=True)
@@ -166,27 +166,23 @@ def alone(run: Path) -> Iterator[None]:
         UserError: the directory cannot be made or written to, or another process is in here.
     """
     place = jobs_of(run)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        (run / "logs").mkdir(exist_ok=True)
-        handle = open(place / ".lock", "a")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(
-            f"cannot write the run's directory: {error.strerror}",
-            where=f"run.directory: {run}",
-            fix="choose a directory you can write to, on a file system that the nodes see, too",
-        ) from None
-    with handle:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            place.mkdir(parents=True, exist_ok=True)
+            (run / "logs").mkdir(exist_ok=True)
+            ours = stack.enter_context(held(place / ".lock"))
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run's directory: {error.strerror}",
+                where=f"run.directory: {run}",
+                fix="choose a directory you can write to, on a file system that the nodes see, too",
+            ) from None
+        if not ours:
             raise UserError(
                 "another titans submit is queueing this run",
                 where=str(run),
                 fix="wait until it has ended",
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         yield
 
 

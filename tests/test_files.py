@@ -187,3 +187,32 @@ def test_the_last_rows_are_whole_json_objects(tmp_path):
     path.write_bytes(b'{"a": 1}\n[2]\nnull\n{"a": 3}\n{"a": ')
     assert files.last_rows(path, 9) == [{"a": 1}, {"a": 3}]
     assert files.last_rows(path, 2) == [{"a": 3}]
+
+
+def test_a_lock_is_held_by_one_and_free_again_behind_the_block(tmp_path):
+    with files.held(tmp_path / "lock") as ours, files.held(tmp_path / "lock") as others:
+        assert (ours, others) == (True, False)
+    with files.held(tmp_path / "lock") as ours:
+        assert ours
+
+
+def test_without_locks_everyone_gets_one(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with files.held(tmp_path / "lock") as ours:
+        assert ours
+
+
+def test_an_error_behind_a_lock_is_not_taken_for_the_locks(tmp_path):
+    with pytest.raises(BlockingIOError), files.held(tmp_path / "lock"):
+        raise BlockingIOError
+
+
+def test_the_hash_of_a_file_that_changed_is_another(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"one")
+    assert files.sha256_cached(path) == files.sha256_file(path)
+    path.write_bytes(b"other")
+    assert files.sha256_cached(path) == files.sha256_file(path)

@@ -50,11 +50,12 @@ def test_evaluations_are_joined_by_step(make_run, capsys, monkeypatch):
         report, "_draw_run", lambda axes, *more: drawn.append((axes, draw(axes, *more)))
     )
     report.report([run])
-    *_, blank, header, losses, accuracies, _ = capsys.readouterr().out.splitlines()
+    *_, blank, header, losses, accuracies, failed, _ = capsys.readouterr().out.splitlines()
     assert blank == ""
     assert header.split() == ["evaluated:", "step", *map(str, range(9, 31, 3))]
     assert losses.split() == ["heldout/loss", *(f"{6 - step / 10:.4f}" for step in range(9, 31, 3))]
     assert accuracies.split() == ["piqa/accuracy", *["-"] * 6, "0.5000", "0.5000"]
+    assert failed == "! step 29 was not evaluated: no data"
     labels = [text.get_text() for text in drawn[0][0].get_legend().get_texts()]
     assert "evaluated evaluation (3.000)" in labels
     assert not any("other settings" in label for label in labels)
@@ -76,7 +77,57 @@ def test_evaluations_of_other_settings_than_the_newest_are_marked(make_run, caps
     assert note == "* step 10 was evaluated with other dtype"
     labels = [text.get_text() for text in drawn[0][0].get_legend().get_texts()]
     assert "evaluated evaluation of other settings (4.000)" in labels
-    assert report.read_run(run).held_out(alike=True) == [(20, 4.0), (30, 4.0)]
+    found = report.read_run(run).held_out()
+    assert found == {"": [(20, 4.0), (30, 4.0)], "*": [(10, 4.0)], "!": []}
+
+
+def fail(run, step, dtype, why, **metrics):
+    """An evaluation that failed, with what it had found."""
+    if metrics:
+        place = evaluations.workplace(run, step, "a", {})
+        place.mkdir(parents=True)
+        evaluations.keep(place, metrics=metrics, settings={"dtype": dtype}, results={})
+    evaluations.fail(run, step, "a", why)
+
+
+def test_evaluations_that_failed_are_told_marked_and_not_compared_with(
+    make_run, capsys, monkeypatch
+):
+    run = make_run("evaluated")
+    for step in (10, 20):
+        told = {"settings": {"dtype": "float32"}, "results": {}}
+        evaluations.write(run, step, "a", metrics={"heldout/loss": 4.0}, **told)
+    fail(run, 28, "float32", "one task\n failed", **{"heldout/loss": 3.0})
+    fail(run, 29, "float32", "no disk")
+    fail(run, 30, "bfloat16", "no memory", **{"heldout/loss": 2.0})
+    drawn = []
+    draw = report._draw_run
+    monkeypatch.setattr(
+        report, "_draw_run", lambda axes, *more: drawn.append((axes, draw(axes, *more)))
+    )
+    report.report([run])
+    *_, header, losses, otherwise, first, second, third, _ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["evaluated:", "step", "10", "20", "28!", "30*!"]
+    assert losses.split() == ["heldout/loss", "4.0000", "4.0000", "3.0000", "2.0000"]
+    assert otherwise == "* step 30 was evaluated with other dtype"
+    assert first == "! step 28 was evaluated in part: one task failed"
+    assert second == "! step 29 was not evaluated: no disk"
+    assert third == "! step 30 was evaluated in part: no memory"
+    labels = [text.get_text() for text in drawn[0][0].get_legend().get_texts()]
+    assert "evaluated evaluation (4.000)" in labels
+    assert "evaluated evaluation in part (2.000)" in labels
+
+
+def test_where_every_evaluation_failed_the_newest_reasons_are_told(make_run, capsys):
+    run = make_run("evaluated")
+    for step in range(1, 11):
+        fail(run, step, "float32", f"no data {step}")
+    report.report([run])
+    *_, head, first, _, _, _, _, _, _, last, earlier, _ = capsys.readouterr().out.splitlines()
+    assert head == "evaluated: no evaluation"
+    assert first == "! step 3 was not evaluated: no data 3"
+    assert last == "! step 10 was not evaluated: no data 10"
+    assert earlier == "! 2 earlier evaluations failed, too"
 
 
 def test_several_runs_share_a_picture(make_run, tmp_path, capsys):

@@ -174,9 +174,15 @@ def data_needle(options: argparse.Namespace) -> None:
             where="--tokenizer",
             fix="give --length with --tokenizer, or --haystack alone",
         )
-    haystack = needle_text.haystack(options.kind, options.essays)
+    if options.bos and options.length is None:
+        raise UserError("--bos without --length", where="--bos", fix="leave it out")
+    template = needle_text.BARE if options.bare else needle_text.TEMPLATE
+    haystack = needle_text.haystack(options.kind, options.essays, template)
     wanted = needle_training.Documents(
-        length=options.length or 0, samples=options.samples, bos=options.bos, seed=options.seed
+        length=options.length or 0,
+        samples=options.samples,
+        bos=options.bos,
+        seed=options.seed,
     )
 
     def tell(line: str) -> None:
@@ -475,6 +481,11 @@ def _add_needle(jobs: Any) -> None:
         type=positive,
         metavar="N",
         help="instead, lines (niah_pk) or words of haystack: to train a tokenizer on",
+    )
+    job.add_argument(
+        "--bare",
+        action="store_true",
+        help="prompts of the haystack and the answer's beginning alone: short ones to begin with",
     )
     job.add_argument("--samples", type=positive, default=10_000, help="documents (%(default)s)")
     job.add_argument("--bos", action="store_true", help="leave room for a BOS (data prepare --bos)")

@@ -121,10 +121,13 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def evaluate_checkpoint(options: argparse.Namespace) -> None:
     """Export a run's checkpoint, score it, and keep the result beside the run's metrics."""
+    from titans_pretrain.baselines import gpu_packages
     from titans_pretrain.evaluate import of_checkpoint
 
-    config = of_checkpoint.load(options.config or of_checkpoint.configuration(options.checkpoint))
-    found = of_checkpoint.evaluate(options.checkpoint, config, device=options.device)
+    with gpu_packages.for_device(options.device):
+        path = options.config or of_checkpoint.configuration(options.checkpoint)
+        config = of_checkpoint.load(path)
+        found = of_checkpoint.evaluate(options.checkpoint, config, device=options.device)
     for name, value in found.metrics.items():
         print(f"step {found.step}  {name} {value:.6g}")
 
@@ -213,7 +216,7 @@ def _add_generate(verbs: Any) -> None:
     verb.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python files of a model of another kind",
+        help="run the Python files, or the package, of a model of another kind",
     )
 
 
@@ -258,7 +261,7 @@ def _add_eval(verbs: Any) -> None:
     verb.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the Python files of a model of another kind",
+        help="run the Python files, or the package, of a model of another kind",
     )
     _add_heldout_options(verb.add_argument_group("held-out data"))
     _add_task_options(verb.add_argument_group("tasks"))

@@ -44,6 +44,10 @@ class UserError(TitansError):
     exit_code = USER_ERROR
 
 
+class Misfit(UserError):
+    """What was asked for cannot be: another try of the same ends alike."""
+
+
 class StoppedEarly(TitansError):
     """The run ended before its last step and can be resumed: exit code 75."""
 

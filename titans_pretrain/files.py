@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import json
@@ -144,6 +145,41 @@ def sha256_file(path: Path) -> str:
     """The hex sha256 of a file's bytes."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def sha256_cached(path: Path) -> str:
+    """As ``sha256_file``; the file is read again only if its size or time has changed."""
+    told = path.stat()
+    return _sha256(path, told.st_size, told.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    return sha256_file(path)
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file, made where it is missing; False if another process does.
+
+    Where the file system has no locks everyone gets it.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    with open(path, "a") as handle:
+        yield _is_free(handle)
+
+
+def _is_free(handle: IO[Any]) -> bool:
+    """Lock a file; whether no other process holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
 
 
 @contextlib.contextmanager

@@ -22,8 +22,15 @@ SMOOTHED_POINTS = 2000
 NUMBERS = ("step", "loss", "validation_loss", "tokens", "tokens_per_second")
 HELD_OUT = "heldout/loss"
 EVALUATIONS_SHOWN = 8
+ALIKE = ""
 OTHERWISE = "*"  # marks evaluations that are not to be compared with the newest
-_OF_HELD_OUT = {"data", "fingerprint", "sequences", "dtype"}
+IN_PART = "!"  # marks evaluations that failed
+_DRAWN: dict[str, tuple[str, dict[str, Any]]] = {
+    ALIKE: ("", {"marker": "s"}),
+    OTHERWISE: (" of other settings", {"marker": "s", "markerfacecolor": "none"}),
+    IN_PART: (" in part", {"marker": "x"}),
+}
+_OF_HELD_OUT = {"data", "fingerprint", "sequences", "dtype", "code"}
 COLUMNS = ("run", "steps", "tokens", "first", "last", "validation", "unigram", "tokens/s")
 
 
@@ -49,23 +56,25 @@ class Run:
     unigram_entropy: float | None
     evaluations: list[Evaluation]
 
-    def held_out(self, *, alike: bool) -> list[tuple[int, float]]:
+    def held_out(self) -> dict[str, list[tuple[int, float]]]:
         """(step, loss) of checkpoints that were scored on held-out data.
 
-        Args:
-            alike: those that were scored on what the newest was, in its dtype; else the others.
+        Returns:
+            By name: ``ALIKE``, those that were scored as the newest was, on its data, in its dtype
+            and by its code; ``OTHERWISE``, the others; and ``IN_PART``, of evaluations that failed
+            in another part.
         """
+        found: dict[str, list[tuple[int, float]]] = {ALIKE: [], OTHERWISE: [], IN_PART: []}
         done = [one for one in self.evaluations if HELD_OUT in one.metrics]
-        return [
-            (one.step, one.metrics[HELD_OUT])
-            for one in done
-            if _OF_HELD_OUT.isdisjoint(evaluations.differing(one, done[-1])) == alike
-        ]
+        for one in done:
+            alike = _OF_HELD_OUT.isdisjoint(evaluations.differing(one, _newest(done)))
+            name = IN_PART if one.failure else ALIKE if alike else OTHERWISE
+            found[name].append((one.step, one.metrics[HELD_OUT]))
+        return found
 
     def evaluation_table(self) -> list[list[str]]:
         """A row for each metric, a column for each of the newest evaluations; empty for none."""
-        shown = self.evaluations[-EVALUATIONS_SHOWN:]
-        other = {one.step for one in shown if evaluations.differing(one, shown[-1])}
+        shown = self._shown()
         names = list(dict.fromkeys(name for one in shown for name in one.metrics))
         if not names:
             return []
@@ -73,17 +82,27 @@ class Run:
             [name, *(f"{one.metrics[name]:.4f}" if name in one.metrics else "-" for one in shown)]
             for name in names
         ]
-        steps = (f"{one.step:,}{OTHERWISE * (one.step in other)}" for one in shown)
-        return [[f"{self.name}: step", *steps], *cells]
+        newest = _newest(shown)
+        return [[f"{self.name}: step", *(_head(one, newest) for one in shown)], *cells]
 
-    def evaluated_otherwise(self) -> list[str]:
-        """A sentence of each shown evaluation whose settings are not those of the newest."""
-        shown = self.evaluations[-EVALUATIONS_SHOWN:]
-        return [
+    def evaluation_notes(self) -> list[str]:
+        """A sentence of each marked evaluation, and of each of the newest that found nothing."""
+        shown = self._shown()
+        notes = [
             f"{OTHERWISE} step {one.step:,} was evaluated with other {', '.join(names)}"
             for one in shown
-            if (names := evaluations.differing(one, shown[-1]))
+            if (names := evaluations.differing(one, _newest(shown)))
         ]
+        failures = [one for one in self.evaluations if one.failure]
+        for one in failures[-EVALUATIONS_SHOWN:]:
+            found = "was evaluated in part" if one.metrics else "was not evaluated"
+            notes.append(f"{IN_PART} step {one.step:,} {found}: {' '.join(one.failure.split())}")
+        if earlier := failures[:-EVALUATIONS_SHOWN]:
+            notes.append(f"{IN_PART} {len(earlier):,} earlier evaluations failed, too")
+        return notes
+
+    def _shown(self) -> list[Evaluation]:
+        return [one for one in self.evaluations if one.metrics][-EVALUATIONS_SHOWN:]
 
     def row(self) -> list[str]:
         """The table's cells."""
@@ -120,8 +139,10 @@ def report(directories: Sequence[Path], output: Path | None = None) -> Path:
     _draw(runs, output)
     print(_table([list(COLUMNS), *(run.row() for run in runs)]))
     for run in runs:
-        if table := run.evaluation_table():
-            print("\n".join(["", _table(table), *run.evaluated_otherwise()]))
+        table, notes = run.evaluation_table(), run.evaluation_notes()
+        if table or notes:
+            head = _table(table) if table else f"{run.name}: no evaluation"
+            print("\n".join(["", head, *notes]))
     print(f"loss curve: {output}")
     return output
 
@@ -146,8 +167,19 @@ def read_run(directory: Path) -> Run:
         tokens=train[-1].get("tokens", 0),
         speed=speeds[len(speeds) // 2] if speeds else math.nan,
         unigram_entropy=_unigram_entropy(directory),
-        evaluations=[one for one in evaluations.read(directory) if one.metrics],
+        evaluations=evaluations.read(directory),
     )
+
+
+def _newest(among: Sequence[Evaluation]) -> Evaluation:
+    """What the others are compared with: the newest that did not fail, where there is one."""
+    return ([one for one in among if not one.failure] or among)[-1]
+
+
+def _head(one: Evaluation, newest: Evaluation) -> str:
+    """An evaluation's step with its marks."""
+    otherwise = OTHERWISE if evaluations.differing(one, newest) else ""
+    return f"{one.step:,}{otherwise}{IN_PART if one.failure else ''}"
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -282,15 +314,13 @@ def _draw_run(axes: Any, run: Run, color: Any) -> None:
         style = {"marker": "o", "markersize": 5, "markerfacecolor": "white", "markeredgewidth": 1.4}
         label = f"{run.name} validation ({held_out[-1]:.3f})"
         axes.plot(where, held_out, color=color, linestyle=":", label=label, zorder=3, **style)
-    for alike, how in ((True, ""), (False, " of other settings")):
-        if points := run.held_out(alike=alike):
+    for name, points in run.held_out().items():
+        if points:
             where, held_out = zip(*points, strict=True)
+            how, style = _DRAWN[name]
             label = f"{run.name} evaluation{how} ({held_out[-1]:.3f})"
-            style = {"marker": "s", "markersize": 5, "linestyle": "none"}
-            fill = color if alike else "none"
-            axes.plot(
-                where, held_out, color=color, markerfacecolor=fill, label=label, zorder=4, **style
-            )
+            style = {"markersize": 5, "linestyle": "none"} | style
+            axes.plot(where, held_out, color=color, label=label, zorder=4, **style)
 
 
 def _smooth(losses: Sequence[float]) -> tuple[Sequence[int], list[float]]:

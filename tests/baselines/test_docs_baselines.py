@@ -8,8 +8,8 @@ import yaml
 
 from titans_pretrain import config
 from titans_pretrain.baselines import foreign
-from titans_pretrain.baselines.configuration_baseline import KINDS
 from titans_pretrain.cli import _parser, main
+from titans_pretrain.model.configuration_baseline import KINDS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "baselines.md").read_text(encoding="utf-8")
 

@@ -4,6 +4,7 @@ import inspect
 import sys
 from types import ModuleType
 
+import mamba_ssm_weights
 import pytest
 import torch
 import yaml
@@ -11,8 +12,8 @@ from torch import nn
 
 from titans_pretrain import cli, config
 from titans_pretrain.baselines import foreign
-from titans_pretrain.baselines.configuration_baseline import BaselineConfig
 from titans_pretrain.errors import UserError
+from titans_pretrain.model.configuration_baseline import BaselineConfig
 from titans_pretrain.plan import parameters
 from titans_pretrain.train import optimizer
 
@@ -62,23 +63,25 @@ def test_the_defaults_of_our_own_classes_are_kept_with_the_run():
     resolved = run(given).model
     usual = inspect.signature(BaselineConfig.__init__).parameters
     ids = {"pad_token_id", "bos_token_id", "eos_token_id"}
-    assert resolved.keys() == {"hf"} | usual.keys() - ids - {"self", "kwargs"}
+    assert resolved.keys() == {"hf"} | usual.keys() - ids - {"self", "use_cache", "kwargs"}
     assert resolved["window_size"] == usual["window_size"].default
     assert run(resolved).model == resolved
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])
 def test_mamba_begins_with_the_weights_of_mamba_ssm(name):
-    size = {"hf": name, "vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 4}
+    size = {"hf": name, "vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 4}
     size |= {"num_heads": 8, "head_dim": 8, "n_groups": 1} if name == "mamba2" else {}
-    for layer in foreign.build(size, 0).backbone.layers:
-        largest = layer.mixer.out_proj.weight.abs().max()  # within 1/sqrt(64 inputs)
-        assert float(largest) == pytest.approx(1 / 8 / 2, rel=0.05)
-        if name == "mamba2":
-            scales = layer.mixer.A_log.exp()
-            assert not torch.equal(scales, torch.arange(1.0, 9.0))
-            assert scales.min() >= 1
-            assert scales.max() <= 16
+    network = foreign.build(size | {"tie_word_embeddings": False}, 0)
+    for layer in network.backbone.layers:
+        mamba_ssm_weights.check(layer.mixer, residuals=4)
+    assert float(network.backbone.embeddings.weight.std()) == pytest.approx(0.02, rel=0.1)
+    mamba_ssm_weights.uniform(network.lm_head.weight, 32**-0.5)
+    asked = foreign.build(size | {"initializer_range": 0.5, "use_bias": True}, 0).backbone
+    assert float(asked.embeddings.weight.std()) == pytest.approx(0.5, rel=0.1)
+    assert not any(
+        p.any() for n, p in asked.named_parameters() if n.endswith("_proj.bias") and "dt" not in n
+    )
 
 
 def test_a_key_that_makes_transformers_rescale_weights_as_it_loads_them_is_refused():
@@ -150,6 +153,19 @@ def test_a_class_that_would_look_ahead_is_refused():
     with pytest.raises(UserError, match="would look ahead"):
         run({"hf": "bert", **off})
     assert run({"hf": "bert", "is_decoder": True, **off}).model["is_decoder"]
+
+
+def test_a_class_that_looks_back_whatever_the_key_says_is_taken_as_it_is():
+    size = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = {"hf": "gpt_neox", "vocab_size": 80, **size}
+    assert run(model).model == model  # its classifier's dropout is no part of it
+    network = foreign.build(model, 0).eval()
+    ids = torch.arange(12)[None]
+    changed = torch.cat([ids[:, :-1], ids[:, :1]], 1)
+    with torch.no_grad():
+        before, after = network(ids).logits, network(changed).logits
+    torch.testing.assert_close(before[:, :-1], after[:, :-1])
+    assert not torch.equal(before[:, -1], after[:, -1])
 
 
 @pytest.mark.parametrize("axis", ["tensor", "sequence"])

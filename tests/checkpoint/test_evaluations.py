@@ -1,9 +1,11 @@
 """What is kept of evaluations, and which checkpoints wait for theirs. No torch."""
 
 import json
+import os
 
 import pytest
 
+from titans_pretrain import files
 from titans_pretrain.checkpoint import evaluations, manifest, retention
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.errors import UserError
@@ -105,12 +107,72 @@ def test_a_failure_tells_and_keeps_what_was_finished_and_lets_go_of_the_model(tm
     (place / "model").mkdir(parents=True)
     (place / "tasks" / "cells").mkdir(parents=True)
     told = {"metrics": {"heldout/loss": 2.5}, "settings": {"dtype": "float32"}, "results": {}}
-    evaluations.keep(place, **told, why="the Hub was not reached")
+    evaluations.keep(place, **told)
+    evaluations.stopped(tmp_path, 2, identity, "the Hub was not reached")
     evaluations.fail(tmp_path, 2, identity, "3 jobs ended")
-    assert sorted(path.name for path in place.iterdir()) == ["parts.json", "tasks"]
+    assert sorted(path.name for path in place.iterdir()) == [".lock", "parts.json", "tasks"]
     found = evaluations.of_step(tmp_path, 2)
     assert found.failure == "3 jobs ended; the Hub was not reached"
     assert (found.metrics, found.settings) == (told["metrics"], told["settings"])
+
+
+def test_an_error_is_that_of_its_checkpoint(tmp_path, save):
+    evaluations.stopped(tmp_path, 2, "of another checkpoint", "out of memory")
+    evaluations.fail(tmp_path, 2, save(2), "3 jobs ended")
+    assert evaluations.of_step(tmp_path, 2).failure == "3 jobs ended"
+
+
+def test_jobs_that_finish_nothing_new_are_counted(tmp_path, save):
+    identity = save(2)
+    place = evaluations.workplace(tmp_path, 2, identity, {})
+    place.mkdir(parents=True)
+    counted = []
+
+    def job(name, parts):
+        evaluations.add_job(tmp_path, 2, name, evaluations.fruitless(tmp_path, 2))
+        results = {str(number): {} for number in range(parts)}
+        evaluations.keep(place, metrics={}, settings={}, results=results)
+        counted.append(evaluations.fruitless(tmp_path, 2))
+
+    for number, parts in enumerate((0, 0, 2, 2, 2, 3)):
+        job(str(number), parts)
+    assert counted == [1, 2, 0, 1, 2, 0]
+    save(2, mark="after other data")
+    assert evaluations.fruitless(tmp_path, 2) == 0
+
+
+def test_a_job_that_gave_way_is_no_try_and_hides_no_reason(tmp_path, save, monkeypatch):
+    identity = save(2)
+    evaluations.add_job(tmp_path, 2, "11")
+    evaluations.stopped(tmp_path, 2, identity, "the Hub was not reached")
+    assert evaluations.fruitless(tmp_path, 2) == 1
+    evaluations.add_job(tmp_path, 2, "12", 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    evaluations.gave_way(tmp_path, 2, identity)
+    assert evaluations.fruitless(tmp_path, 2) == 1
+    evaluations.add_job(tmp_path, 2, "13", 1)
+    assert evaluations.fruitless(tmp_path, 2) == 2
+    evaluations.fail(tmp_path, 2, identity, "given up")
+    assert evaluations.of_step(tmp_path, 2).failure == "given up; the Hub was not reached"
+
+
+def test_exports_with_which_nothing_goes_on_are_removed(tmp_path, save):
+    kept = {step: save(step) for step in (2, 4)}
+    places = {}
+    for step, identity in {**kept, 6: "gone"}.items():
+        places[step] = evaluations.workplace(tmp_path, step, identity, {"tasks": ["piqa"]})
+        (places[step] / "model").mkdir(parents=True)
+        (places[step] / "tasks").mkdir()
+    half = places[2] / ".model.another-7-0123.dir"
+    half.mkdir()
+    guard = half.with_suffix(".tmp")
+    guard.touch()
+    for path in (half, guard):
+        os.utime(path, (0, 0))
+    finish(tmp_path, 2, kept[2])
+    evaluations.tidy(tmp_path)
+    assert [path.name for path in places[2].iterdir() if path.name != ".lock"] == ["tasks"]
+    assert [(place / "model").exists() for place in places.values()] == [False, True, False]
 
 
 def test_each_choice_of_settings_has_a_workplace_of_its_own(tmp_path):
@@ -122,10 +184,10 @@ def test_a_settled_checkpoint_is_read_once_however_often_it_is_asked_about(
     tmp_path, save, monkeypatch
 ):
     read = []
-    evaluations._sha256.cache_clear()
-    sha256 = evaluations.sha256_file
+    files._sha256.cache_clear()
+    sha256 = files.sha256_file
     finish(tmp_path, 2, save(2))
-    monkeypatch.setattr(evaluations, "sha256_file", lambda path: read.append(path) or sha256(path))
+    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path) or sha256(path))
     for _ in range(3):
         assert evaluations.is_settled(tmp_path, 2)
     assert len(read) == 1

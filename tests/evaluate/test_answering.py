@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import MODEL
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_prep import tokenizer as sentencepieces
 from titans_pretrain.errors import TitansError, UserError
@@ -113,6 +113,26 @@ def test_an_answer_ends_where_the_document_does():
         assert set(model.network.settings.eos_token_id) >= {END}
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"no_repeat_ngram_size": 1}, {"sequence_bias": [[[5], 100.0]]}],
+    ids=lambda own: next(iter(own)),
+)
+def test_a_models_own_generation_settings_change_no_answer(own):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 94, "hidden_size": 16, "intermediate_size": 16, "initializer_range": 0.3}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 1, "tie_word_embeddings": True}
+    config = LlamaConfig(**sizes, **heads, bos_token_id=BEGIN, eos_token_id=END)
+    network = LlamaForCausalLM(config).eval()
+    model = _loaded(network)
+    answers = greedy(model, PROMPTS, max_new_tokens=6)
+    assert any(len(set(answer.split())) < len(answer.split()) for answer in answers)
+    network.generation_config.update(**own)
+    told = network.generation_config.to_dict()
+    assert greedy(model, PROMPTS, max_new_tokens=6) == answers
+    assert network.generation_config.to_dict() == told
+
+
 def test_pads_are_on_the_left_and_masked_and_nothing_is_drawn():
     model = _loaded(_Scripted([[5], [5]]))
     greedy(model, ["w1 w2 w3", "w4"], max_new_tokens=1, batch=2)
@@ -166,6 +186,21 @@ def test_a_batch_that_memory_does_not_hold_is_told_as_that(error, told):
         greedy(model, ["w1 w2"], max_new_tokens=1)
     if told is TitansError:
         assert "1 prompts of up to 2 tokens do not fit in the memory of cpu" in caught.value.what
+
+
+def test_an_empty_prompt_begins_a_document_once_with_a_tokenizer_that_begins_every_text():
+    given = []
+    model = _loaded(_Scripted([[5]]), bos=True)
+    generate = model.network.generate
+
+    def watch(tokens, **options):
+        given.append(tokens.tolist())
+        return generate(tokens, **options)
+
+    model.network.generate = watch
+    assert greedy(model, [""], max_new_tokens=1) == ["w2"]
+    assert greedy(model, ["w1"], max_new_tokens=1) == ["w2"]
+    assert given == [[[BEGIN]], [[BEGIN, 4]]]
 
 
 def test_a_long_text_has_the_ids_of_the_whole_with_its_special_tokens():

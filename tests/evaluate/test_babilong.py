@@ -2,12 +2,13 @@
 
 import hashlib
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
 from babi_files import Words, write_background, write_facts
 
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit, UserError
 from titans_pretrain.evaluate import babilong, babilong_facts
 from titans_pretrain.evaluate.babilong_context import Background, hide
 from titans_pretrain.evaluate.tasks import Options
@@ -38,6 +39,16 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(babilong, "greedy", greedy)
     return calls
+
+
+class Letters(Words):
+    """A tokenizer whose tokens are letters."""
+
+    def _ids(self, text):
+        return super()._ids(" ".join(text.replace(" ", "_")))
+
+    def decode(self, ids, **_):
+        return super().decode(ids).replace(" ", "").replace("_", " ")
 
 
 def _open(given, task="qa1", **options):
@@ -82,13 +93,6 @@ def test_a_context_is_the_length_less_300_tokens(given, asked):
 
 
 def test_a_tokenizer_that_makes_more_of_the_prompt_gets_a_shorter_context(given, asked):
-    class Letters(Words):
-        def _ids(self, text):
-            return super()._ids(" ".join(text.replace(" ", "_")))
-
-        def decode(self, ids, **_):
-            return super().decode(ids).replace(" ", "").replace("_", " ")
-
     model = SimpleNamespace(tokenizer=Letters())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(babilong, "greedy", lambda model, texts, **_: ["" for _ in texts])
@@ -97,6 +101,16 @@ def test_a_tokenizer_that_makes_more_of_the_prompt_gets_a_shorter_context(given,
     rest = TextTokens.of(Letters()).count(prompt)
     assert rest > 300
     assert result["context_tokens"] == 4000 - rest
+
+
+@pytest.mark.parametrize("length", ["300", "301"])
+def test_lengths_without_room_for_context_or_facts_are_told_before_anything_is_asked(
+    given, asked, length
+):
+    _open(given, lengths=("1k",)).fit(MODEL, "1k")
+    with pytest.raises(Misfit, match=rf"error: {length}: "):
+        _open(given, lengths=("1k", length)).fit(MODEL, length)
+    assert asked == []
 
 
 def test_equal_seeds_give_equal_prompts_and_lengths_ask_the_same_questions(given, asked):
@@ -121,12 +135,43 @@ def test_questions_with_more_facts_than_an_eighth_of_the_context_are_left_out(gi
         task.run(MODEL, "300", _quiet)
 
 
+def test_questions_whose_facts_are_more_tokens_than_the_context_are_left_out_and_counted(
+    given, asked, monkeypatch
+):
+    monkeypatch.setattr(MODEL, "tokenizer", Letters())
+    prompt = babilong_facts.prompt("qa1", "", "Where is Sandra?", bare=False)
+    length = TextTokens.of(Letters()).count(prompt) + 70  # letters of two facts, not of four
+    told = []
+    task = _open(given, lengths=(str(length),), samples=12)
+    result = task.run(MODEL, str(length), told.append)
+    assert (result["samples"], result["context_tokens"]) == (12, 70)
+    lengths = [len(Letters()(text)["input_ids"]) for (text,) in asked]
+    assert max(lengths) <= length
+    assert all(text.split("</context>")[0].count(" went to the ") >= 2 for (text,) in asked)
+    (line,) = [line for line in told if "left out" in line]
+    assert re.search(r"12 questions; \d+ left out, whose facts are more than 70 tokens$", line)
+
+
+def test_the_tokenizers_special_tokens_and_its_longest_question_count_to_the_rest(given):
+    task = _open(given, lengths=("2k",))
+    task._all = [
+        babilong_facts.Question((), text, "") for text in ("Where a b c d", "Wheeeeeeeeeeere")
+    ]
+    tokens = TextTokens.of(Words())
+    monstrous = "w " * 400
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            babilong.facts, "prompt", lambda task, context, asked, bare: monstrous + asked
+        )
+        assert task._context_size("2k", tokens, 2) == 2000 - 405 - 2
+
+
 @pytest.mark.parametrize(("cell", "samples"), [("32k", 1000), ("32001", 100), ("64k", 100)])
 def test_a_thousand_questions_up_to_32k_and_a_hundred_beyond(given, cell, samples, monkeypatch):
     task = _open(given, lengths=(cell,))
     question = babilong_facts.Question(("A b.",), "Where is Mary?", "garden")
     task._all = [question] * 2000
-    assert len(task._questions(cell, 10**4, _quiet)) == samples
+    assert len(task._questions(cell, 10**4, TextTokens.of(Words()), _quiet)) == samples
 
 
 def test_the_identity_tells_what_decides_the_result_but_the_length(given, tmp_path):
@@ -144,11 +189,11 @@ def test_the_identity_tells_what_decides_the_result_but_the_length(given, tmp_pa
         assert changed.identity() != task.identity()
 
 
-def test_definition_1_is_of_these_prompts(given, asked):
+def test_definition_2_is_of_these_prompts(given, asked):
     for task in ("qa1", "qa4"):
         opened = _open(given, task=task, lengths=("1k",), samples=2)
         opened.run(MODEL, "1k", _quiet)
-        assert opened.identity()["definition"] == 1
+        assert opened.identity()["definition"] == 2
     texts = "\0".join(text for call in asked for text in call)
     golden = "dd5d1e72605a3b71ca70363dc355614082781780fab53239914e6d404c46ff27"
     assert hashlib.sha256(texts.encode()).hexdigest() == golden

@@ -1,10 +1,11 @@
 """Our results beside the paper's, with the settings they depend on."""
 
 import json
+import math
 
 import pytest
 
-from titans_pretrain.evaluate import loaded, paper, report
+from titans_pretrain.evaluate import loaded, paper, report, report_figure, report_tables
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def row(page, name):
 
 
 def test_table_1_stands_beside_the_papers_models_of_the_nearest_size(model):
-    found = report.compare(model, NINE, paper_size=None)
+    found = report_tables.compare(model, NINE, paper_size=None)
     assert found["table_1"]["size"] == "400M"
     page = report.page(found)
     (ours,) = row(page, "**this model**")
@@ -58,17 +59,19 @@ def test_table_1_stands_beside_the_papers_models_of_the_nearest_size(model):
 
 
 def test_another_size_can_be_chosen(model):
-    found = report.compare(model, NINE, paper_size="760M")
+    found = report_tables.compare(model, NINE, paper_size="760M")
     assert "30B tokens" in report.page(found)
 
 
 def test_no_average_of_fewer_than_all(model):
-    (ours,) = row(report.page(report.compare(model, NINE[:4], paper_size=None)), "**this model**")
+    (ours,) = row(
+        report.page(report_tables.compare(model, NINE[:4], paper_size=None)), "**this model**"
+    )
     assert ours[-1] == "-"
 
 
 def test_every_number_comes_with_its_settings(model):
-    found = report.compare(model, NINE, paper_size=None)
+    found = report_tables.compare(model, NINE, paper_size=None)
     (told,) = row(report.page(found), "arc_challenge")
     assert told[2] == "samples 10, shots 0, max length 4,096, truncated 3"
     (ours,) = found["table_1"]["ours"]
@@ -79,7 +82,7 @@ def test_every_number_comes_with_its_settings(model):
 def test_all_that_a_number_depends_on_is_told_hashes_by_their_beginnings(model):
     more = {"seed": 3, "essays": ["a" * 64, "b" * 64], "lm_eval": "0.4.13", "definition": 1}
     cells = [cell("niah_number", "2048", accuracy=1.0, samples=9, more=more)]
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     wanted = "samples 9, seed 3, essays aaaaaaaa bbbbbbbb, lm eval 0.4.13, definition 1"
     assert row(page, "niah_number 2048")[0][2] == wanted
     assert f"(1) {wanted}; samples by length: 2048 9." in page
@@ -87,10 +90,10 @@ def test_all_that_a_number_depends_on_is_told_hashes_by_their_beginnings(model):
 
 def test_what_the_paper_leaves_open_or_misprints_is_told(model):
     cells = [*NINE, cell("niah_uuid", "2048", accuracy=1.0)]
-    page = report.page(report.compare(model, cells, paper_size="760M"))
+    page = report.page(report_tables.compare(model, cells, paper_size="760M"))
     assert "prints 47.32 as the average of TTT, its columns give 49.37" in page
     assert "S-NIAH-W has UUIDs as values is our reading" in page
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     assert "its columns give 47.80; and 47.83 for Titans (LMM), its columns give 47.87" in page
 
 
@@ -100,7 +103,7 @@ def test_table_1_has_a_row_for_each_length_and_the_most_samples_of_each_task(mod
         cell("piqa", acc=0.9, max_length=64, samples=3),
         cell("piqa", acc=0.7, max_length=32, samples=3),
     ]
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     found = {ours[0]: ours[4] for ours in row(page, "**this model**")}
     assert found == {
         "**this model** (max length 64)": "50.00",
@@ -114,13 +117,13 @@ def test_needles_of_other_settings_are_rows_of_their_own(model):
         cell("niah_pk", "2048", accuracy=1.0, more={"seed": 0}),
         cell("niah_pk", "4096", accuracy=0.5, more={"seed": 1}),
     ]
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     assert [ours[1:3] for ours in row(page, "**this model**")] == [["100.00", "-"], ["-", "50.00"]]
 
 
 def test_needles_are_shown_at_the_papers_lengths_and_ours(model):
     cells = [cell("niah_pk", at, accuracy=value) for at, value in (("1024", 1.0), ("16384", 0.5))]
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     (head,) = row(page, "S-NIAH-PK (niah_pk)")
     assert head[1:] == ["1024", "2048", "4096", "8192", "16384"]
     assert row(page, "**this model**")[0][1:] == ["100.00", "-", "-", "-", "50.00"]
@@ -137,7 +140,7 @@ def test_babilong_stands_beside_the_paper_where_all_of_its_questions_were_asked(
         cell("babilong_qa6", "4k", accuracy=0.9),
         cell("babilong_qa1", "1M", accuracy=0.1),
     ]
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     beside, alone = page.split("Mean accuracy in percent of other sets of questions")
     (ours,) = row(beside, "**this model**")
     assert ours[1:] == ["30.00" if at == "4k" else "-" for at in HEAD]
@@ -161,7 +164,7 @@ def test_babilong_stands_beside_the_paper_where_all_of_its_questions_were_asked(
 )
 def test_babilong_of_other_settings_is_a_row_of_its_own(other, model):
     cells = [*FIVE, *(cell(one["task"], "8k", accuracy=1.0, **other) for one in FIVE)]
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     first, second = (ours[1:] for ours in row(page, "**this model**"))
     assert first == ["30.00" if at == "4k" else "-" for at in HEAD]
     assert second == ["100.00" if at == "8k" else "-" for at in HEAD]
@@ -169,7 +172,7 @@ def test_babilong_of_other_settings_is_a_row_of_its_own(other, model):
 
 def test_fewer_questions_than_the_papers_stand_alone(model):
     cells = [*FIVE[:4], cell("babilong_qa6", "4k", accuracy=0.5)]
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     assert len(row(page, "**this model**")) == 1
     assert not row(page, "Titans")
 
@@ -182,28 +185,87 @@ def test_questions_of_other_facts_are_not_mixed(model):
         cell("babilong_qa1", "2k", accuracy=0.3, more=old),
         cell("babilong_qa1", "2k", accuracy=0.4, more=new),
     ]
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     assert [ours[1:] for ours in row(page, "**this model**")] == [["20.00", "40.00"]]
 
 
 def test_a_fine_tuned_model_stands_beside_fine_tuned_ones(model):
     cells = [cell(one["task"], "10M", accuracy=0.5, shots=0) for one in FIVE]
-    page = report.page(report.compare(model, cells, paper_size=None))
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
     assert "Figure 6b" in page
     assert "Figure 6a" not in page
     assert row(page, "RMT")[0][-1] == "34.00"
 
 
+CURVE = [
+    {"from": 0, "to": 1, "loss": 800.0, "perplexity": None},
+    {"from": 1, "to": 2, "loss": 100.0, "perplexity": math.exp(100.0)},
+    {"from": 2, "to": 2048, "loss": 3.5, "perplexity": math.exp(3.5)},
+]
+
+
 def test_a_curve_is_told_by_position(model, tmp_path):
-    curve = [{"from": 0, "to": 1, "loss": 5.0}, {"from": 1, "to": 2048, "loss": 3.5}]
-    found = report.write(model, tmp_path, [cell("position", "2048", loss=3.5, curve=curve)])
+    found = report.write(model, tmp_path, [cell("position", "2048", loss=3.5, curve=CURVE)])
     page = report.page(found)
-    assert row(page, "1 to 2,047")[0][1] == "3.5000"
+    assert row(page, "positions")[0][1:] == ["loss (nats per token)", "perplexity"]
+    assert row(page, "0 to 0")[0][1:] == ["800.0000", "-"]
+    assert row(page, "1 to 1")[0][1:] == ["100.0000", "2.688e+43"]
+    assert row(page, "2 to 2,047")[0][1:] == ["3.5000", "33.1155"]
     assert row(page, "position 2048")[0][1] == "loss 3.5000"
 
 
+def test_curves_of_one_name_are_numbered_and_told_apart_by_their_settings(model):
+    cells = [
+        cell("position", "64", loss=3.5, curve=CURVE[2:], more={"code": code * 64}) for code in "ab"
+    ]
+    page = report.page(report_tables.compare(model, cells, paper_size=None))
+    for number, code in ((1, "a"), (2, "b")):
+        head = f"## Loss against position: position 64 ({number})"
+        assert f"{head}\n\nsamples 10, code {code * 8}.\n" in page
+
+
+def test_the_picture_of_a_curve_has_an_axis_of_perplexities():
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots()
+    report_figure._curves(axes, [{"name": "position", "curve": CURVE}])
+    axes.set_ylim(0, 800)
+    figure.canvas.draw()
+    (right,) = axes.child_axes
+    assert right.get_ylabel() == "perplexity"
+    told = [
+        tick.label1.get_text() or tick.label2.get_text() for tick in right.yaxis.get_major_ticks()
+    ]
+    assert (told[0], told[-1]) == ("1", "")  # of losses 0 and 800
+    pyplot.close(figure)
+
+
+def test_table_1_has_a_row_for_each_code(model):
+    cells = [
+        cell("piqa", acc=0.5, max_length=64),
+        cell("piqa", acc=0.7, max_length=64, more={"code": "a" * 64}),
+        cell("boolq", acc=0.9, max_length=64, more={"code": "transformers 5.1.0"}),
+    ]
+    found = report_tables.compare(model, cells, paper_size=None)
+    names = [ours[0] for ours in row(report.page(found), "**this model**")]
+    assert sorted(names) == [
+        "**this model** (code aaaaaaaa)",
+        "**this model** (code transformers 5.1.0)",
+        "**this model** (code unknown)",
+    ]
+    assert [ours["values"].count(None) for ours in found["table_1"]["ours"]] == [10] * 3
+
+
+def test_where_nothing_was_done_the_reasons_are_told(model, tmp_path):
+    report.write(model, tmp_path, [], failed=["piqa: no answer"])
+    page = (tmp_path / "report.md").read_text()
+    assert "## Not done\n\n- piqa: no answer\n" in page
+    assert "## Results" not in page
+    assert (tmp_path / "report.png").stat().st_size > 1000
+
+
 def test_results_that_the_paper_has_none_of_are_told_alone(model):
-    page = report.page(report.compare(model, [cell("position", loss=3.25)], paper_size=None))
+    page = report.page(report_tables.compare(model, [cell("position", loss=3.25)], paper_size=None))
     assert row(page, "position")[0][1] == "loss 3.2500"
     assert "Titans" not in page
 
@@ -212,7 +274,7 @@ def test_results_that_the_paper_has_none_of_are_told_alone(model):
     ("name", "tokens"), [("2048", 2048), ("4k", 4000), ("1M", 10**6), ("0k", 0), ("", 0), ("qa", 0)]
 )
 def test_cells_are_ordered_by_their_lengths(name, tokens):
-    assert report.tokens(name) == tokens
+    assert report_tables.tokens(name) == tokens
 
 
 def test_the_same_results_give_the_same_text_and_a_picture(model, tmp_path):
@@ -235,7 +297,7 @@ def test_a_picture_of_other_results_is_drawn_too(model, tmp_path):
 
 
 def test_what_is_not_recorded_is_said(model):
-    page = report.page(report.compare(model, NINE, paper_size=None))
+    page = report.page(report_tables.compare(model, NINE, paper_size=None))
     assert "| trained tokens | not recorded |" in page
     assert "trained on a number of tokens that is not recorded" in page
     assert paper.figures()["table_1"]["source"] in page

@@ -12,9 +12,11 @@ from lm_eval.models import huggingface
 from tiny import WORDS
 from tiny_model import write_model
 
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import Misfit, TitansError, UserError
 from titans_pretrain.evaluate import harness, loaded
 from titans_pretrain.evaluate.harness_model import HarnessModel
+from titans_pretrain.model.configuration_baseline import BaselineConfig
+from titans_pretrain.model.modeling_baseline import BaselineForCausalLM
 
 LENGTH = 48
 
@@ -163,6 +165,21 @@ def test_another_model_of_transformers_is_scored_too(model):
     assert [score for score, _ in scorer(llama).loglikelihood(asked)] == pytest.approx(wanted)
 
 
+def test_a_baseline_of_ours_is_streamed_and_scores_as_at_once(model):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "num_hidden_layers": 1}
+    network = BaselineForCausalLM(BaselineConfig(vocab_size=300, **sizes)).eval()
+    seen = []
+    network.model.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    ours = dataclasses.replace(model, network=network)
+    asked = requests("loglikelihood_rolling", [("river learns at test time " * 12,)])
+    whole, streamed = (
+        scorer(ours, max_length=200, piece=piece).loglikelihood_rolling(asked) for piece in (200, 7)
+    )
+    assert streamed == pytest.approx(whole, rel=1e-6)
+    assert max(seen[1:]) == 7
+
+
 def test_documents_that_are_cut_are_counted_once_each(model):
     long = "waves of surprise " * 30
     pairs = [(long, " pass"), ("river", " pass"), (long, " time")]
@@ -182,6 +199,41 @@ def test_an_answer_longer_than_the_maximum_is_refused(model):
         scorer(model, max_length=4).loglikelihood(
             requests("loglikelihood", [("river", " learns at test time of surprise")])
         )
+
+
+def test_an_answer_longer_than_the_maximum_is_found_before_anything_is_scored(model, data):
+    pairs = [("river", " learns"), ("river", " learns at test time of surprise")]
+    asked = requests("loglikelihood", pairs)
+    _, tokens = scorer(model)._encode_pair(*pairs[1])
+    scorer(model, max_length=len(tokens)).check(asked)
+    with pytest.raises(
+        Misfit, match=rf"answer of {len(tokens)} tokens .* --max-length 3"
+    ) as caught:
+        scorer(model, max_length=3).check(asked)
+    assert caught.value.fix == f"use at least {len(tokens)}"
+    small = harness.HarnessTask(
+        "piqa", harness._open("piqa", data), 1, harness.Options(samples=2, batch=1)
+    )
+    with pytest.raises(Misfit, match=r"--max-length 1"):
+        small.fit(model, "")
+
+
+def test_the_requests_that_were_looked_at_are_those_that_are_scored(model, data, monkeypatch):
+    options = harness.Options(samples=2, batch=1)
+    task = harness.HarnessTask("piqa", harness._open("piqa", data), LENGTH, options)
+    built = []
+    build = task._task.build_all_requests
+
+    def count(**given):
+        built.append(given)
+        return build(**given)
+
+    monkeypatch.setattr(task._task, "build_all_requests", count)
+    task.fit(model, "")
+    first = task.run(model, "", print)
+    assert len(built) == 1
+    assert task.run(model, "", print) == first
+    assert len(built) == 2
 
 
 def test_no_room_to_generate_is_refused(model):

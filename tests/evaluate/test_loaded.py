@@ -1,9 +1,12 @@
 """What is known of a model before and after it is loaded."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from titans_pretrain.checkpoint import manifest
@@ -58,6 +61,38 @@ def test_without_a_manifest_the_bytes_of_what_decides_results_tell_models_apart(
     assert len(set(prints)) == 6
     (foreign / "README.md").write_text("of no importance")
     assert loaded.fingerprint(foreign) == prints[-1]
+
+
+def test_the_code_that_runs_a_model_is_told_apart(foreign, tmp_path, monkeypatch):
+    assert loaded.code(foreign) == loaded.code_of("titans_baseline")
+    installed = tmp_path / "own_code"
+    installed.mkdir()
+    (installed / "memory.py").write_text("a = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(loaded, "_OWN_CODE", "own_code")
+    before = loaded.code(foreign)
+    (installed / "notes.txt").write_text("of no importance")
+    assert loaded.code(foreign) == before
+    _changed(installed / "memory.py")
+    assert loaded.code(foreign) != before
+    (foreign / "config.json").write_text('{"model_type": "llama"}')
+    assert loaded.code(foreign) == f"transformers {transformers.__version__}"
+
+
+@pytest.mark.parametrize("name", ["lstm/__init__.py", "lstm/parts/cell.py", "lstm.py"])
+def test_the_code_of_an_installed_package_is_that_of_its_modules(name, copy, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"format": "titans-export/1", "training": {"hf": "lstm.parts:Class"}}
+    manifest.write(copy, [], named)
+    assert loaded.code(copy) == "not installed"
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("a = 1")
+    importlib.invalidate_caches()
+    before = loaded.code(copy)
+    _changed(path)
+    assert loaded.code(copy) != before
+    assert "lstm" not in sys.modules
 
 
 def test_a_model_of_another_kind_is_compared_with_its_manifest(foreign):

@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit, UserError
 from titans_pretrain.evaluate import needle, needle_text, needle_words
 from titans_pretrain.evaluate.needle import NeedleTask
 from titans_pretrain.evaluate.needle_text import KINDS, Needle, draw, haystack, largest, prompt
@@ -202,8 +202,8 @@ def test_the_usual_lengths_are_the_papers():
 
 def test_a_length_that_holds_no_haystack_is_refused(asked):
     task = NeedleTask("niah_pk", Options(lengths=("150",), samples=2))
-    with pytest.raises(UserError, match="150 tokens, of which 128 are for the answer") as caught:
-        task.run(Model(), "150", lambda line: None)
+    with pytest.raises(Misfit, match="150 tokens, of which 128 are for the answer") as caught:
+        task.fit(Model(), "150")
     assert caught.value.fix == "use at least 205"
 
 

@@ -100,6 +100,28 @@ def test_every_kind_has_any_length_exactly(kind, length, tokenizer, essay, tmp_p
         assert 1 + len(model.encode([row["prompt"] + row["answer"]])[0]) + 1 == length
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bare_sample_is_the_haystack_and_the_answers_beginning(
+    kind, tokenizer, essay, tmp_path, capsys
+):
+    essays = [] if kind == "niah_pk" else ["--essays", essay]
+    options = ["--bare", "--kind", kind, *essays, "--tokenizer", tokenizer, "--samples", 20]
+    out = tmp_path / "new" / "a.jsonl"
+    assert command(capsys, *options, "--length", 160, "--output", out)[0] == 0
+    model, places = Tokenizer(tokenizer), set()
+    for row in map(json.loads, out.read_text().splitlines()):
+        hay, question = row["prompt"].rsplit("\n", 1)
+        before, needle = hay.split("One of the special magic ")
+        key, value = needle.split(" for ", 1)[1].split(": ", 1)
+        assert question == f" The special magic {KINDS[kind].values.removesuffix('s')} for " + (
+            f"{key.removesuffix(' is')} mentioned in the provided text is"
+        )
+        assert value.startswith(f"{row['answer'].strip()}.")
+        assert len(model.encode([row["prompt"] + row["answer"]])[0]) + 1 == 160
+        places.add(before)
+    assert len(places) >= 3
+
+
 def test_samples_are_a_function_of_the_seed(tokenizer, tmp_path, capsys):
     made = []
     for seed in (0, 0, 1):
@@ -119,14 +141,15 @@ def test_samples_of_another_length_kind_or_size_have_other_ids_and_needles(
         [*length, 250],
         [*length, 260],
         [*length, 250, "--kind", "niah_number", "--essays", essay],
+        [*length, 250, "--bare"],
         ["--haystack", 3],
         ["--haystack", 4],
     ):
         out = tmp_path / "a.jsonl"
         assert command(capsys, *words, "--samples", 3, "--output", out)[0] == 0
         made += [json.loads(line) for line in out.read_text().splitlines()]
-    assert len({row["id"] for row in made}) == len(made) == 15
-    assert len({row["answer"] for row in made}) == 15
+    assert len({row["id"] for row in made}) == len(made) == 18
+    assert len({row["answer"] for row in made}) == 18
     assert made[0]["id"] == "needle-noise-numbers-250-0-0"
 
 
@@ -144,6 +167,7 @@ def test_a_haystack_of_lines_needs_no_tokenizer(tmp_path, capsys):
         (["--length", 250, "--haystack", 3], "--length and --haystack are both given"),
         (["--length", 250], "a length is tokens of a tokenizer's"),
         (["--haystack", 3, "--tokenizer", "a.model"], "a length is tokens of a tokenizer's"),
+        (["--haystack", 3, "--bos"], "--bos without --length"),
         (["--haystack", 3, "--kind", "niah_uuid"], "niah_uuid hides needles in essays"),
     ],
 )

@@ -3,7 +3,10 @@
 import contextlib
 import fcntl
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -98,6 +101,14 @@ def evaluate(checkpoint, **more):
     return of_checkpoint.evaluate(checkpoint, asked(checkpoint.parent.parent, **more))
 
 
+def of_the_run(run, **more):
+    """What its jobs ask, from now on."""
+    (run / "jobs").mkdir(exist_ok=True)
+    config = asked(run, **more)
+    (run / "jobs" / "config.yaml").write_text(run_config.dump(config))
+    return config
+
+
 def workplaces(run):
     return sorted((run / "evaluations").glob(".step-3-*"))
 
@@ -143,6 +154,15 @@ def test_other_data_at_the_same_place_is_scored_anew(checkpoint, scored, data, t
     assert len(scored) == 3
 
 
+def test_what_other_code_computed_is_computed_anew(checkpoint, scored, monkeypatch):
+    evaluate(checkpoint)
+    for code in ("another", "another"):
+        monkeypatch.setattr(of_checkpoint.loaded, "code_of", lambda kind, code=code: kind + code)
+        found = evaluate(checkpoint)
+    assert len(scored) == 2
+    assert found.settings["code"] == "titansanother"
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_was(run, checkpoint, scored, monkeypatch):
     score = of_checkpoint._score
 
@@ -158,21 +178,35 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run, checkpoint, scored,
     assert (place / "model").is_dir()
     evaluate(checkpoint, sequences=8)  # of other settings: it goes on with nothing of that
     assert scored[0] != place
+    assert not (place / "model").exists()  # nobody may ever come back for it
     evaluate(checkpoint)
     assert scored[1:] == [place]
     assert workplaces(run) == []
 
 
 def test_a_bad_configuration_is_put_down_at_once(run, checkpoint, scored):
+    config = of_the_run(run, tasks=["piqa"], options=["--sampels=4"])
     with pytest.raises(UserError, match="unrecognized arguments"):
-        evaluate(checkpoint, tasks=["piqa"], options=["--sampels=4"])
+        of_checkpoint.evaluate(checkpoint, config)
     found = evaluations.of_step(run, 3)
     assert found.failure.startswith("pipeline.eval.options: unrecognized arguments: --sampels=4")
     assert evaluations.awaited(run, 3, 4) == []
     assert evaluate(checkpoint).metrics == {"heldout/loss": 2.0}
     with pytest.raises(UserError, match="unrecognized arguments"):
-        evaluate(checkpoint, tasks=["piqa"], options=["--sampels=4"])
+        of_checkpoint.evaluate(checkpoint, config)
     assert evaluations.of_step(run, 3).metrics == {"heldout/loss": 2.0}  # what is known stays
+
+
+@pytest.mark.parametrize("asked_by_hand", [{"tasks": ["piqqa"]}, {"options": ["--sampels=4"]}])
+def test_a_bad_configuration_that_is_not_the_runs_is_not_put_down(
+    run, checkpoint, scored, asked_by_hand
+):
+    with pytest.raises(UserError, match=r"piqqa|sampels"):
+        evaluate(checkpoint, **{"tasks": ["piqa"]} | asked_by_hand)
+    assert evaluations.read(run) == []
+    assert evaluations.awaited(run, 3, 4) == [3]
+    evaluations.fail(run, 3, evaluations.identity(checkpoint), "3 jobs ended")
+    assert evaluations.of_step(run, 3).failure == "3 jobs ended"
 
 
 @pytest.mark.parametrize("where", ["_opened", "_contents", "_score"])
@@ -189,6 +223,23 @@ def test_data_that_cannot_be_reached_now_is_tried_again(
     assert evaluations.read(run) == []
     assert evaluations.awaited(run, 3, 4) == [3]
     assert evaluate(checkpoint).metrics == {"heldout/loss": 2.0}
+    assert [path.name for path in (run / "evaluations").iterdir()] == ["step-3.json"]
+
+
+@pytest.mark.parametrize("where", ["_opened", "_contents", "_export"])
+def test_the_last_error_is_told_when_an_evaluation_is_given_up(run, checkpoint, monkeypatch, where):
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(of_checkpoint, where, broken)
+    for error in (UserError("no network", where="piqa", fix="mend it"), KeyError("shape")):
+        with pytest.raises(type(error)):
+            evaluate(checkpoint)
+        with pytest.raises(UserError, match="sampels"):  # of another's configuration
+            evaluate(checkpoint, tasks=["piqa"], options=["--sampels=4"])
+        evaluations.fail(run, 3, evaluations.identity(checkpoint), "3 jobs ended")
+        told = {UserError: "no network; piqa; mend it", KeyError: "KeyError: 'shape'"}[type(error)]
+        assert evaluations.of_step(run, 3).failure == f"3 jobs ended; {told}"
 
 
 def test_of_a_failure_the_finished_parts_are_told_when_it_is_given_up(run, checkpoint, monkeypatch):
@@ -239,10 +290,16 @@ def test_two_processes_do_not_evaluate_the_same_checkpoint(run, checkpoint, scor
 
     alone = of_checkpoint._alone
     monkeypatch.setattr(of_checkpoint, "_alone", beside)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    evaluations.add_job(run, 3, "12")
+    evaluations.stopped(run, 3, evaluations.identity(checkpoint), "no network")
     with pytest.raises(UserError, match="another process evaluates"):
         evaluate(checkpoint)
     assert scored == []
     assert evaluations.read(run) == []
+    assert evaluations.fruitless(run, 3) == 0
+    evaluations.fail(run, 3, evaluations.identity(checkpoint), "given up")
+    assert evaluations.of_step(run, 3).failure == "given up; no network"
 
 
 def test_a_process_that_comes_late_takes_the_result_of_the_other(
@@ -260,6 +317,20 @@ def test_a_process_that_comes_late_takes_the_result_of_the_other(
     assert evaluate(checkpoint).metrics == {"heldout/loss": 2.0}
     assert len(scored) == 1
     assert workplaces(run) == []
+
+
+def test_an_evaluation_that_is_under_way_keeps_its_model(run, checkpoint, scored):
+    place = evaluations.workplace(run, 3, evaluations.identity(checkpoint), {"asked": "by hand"})
+    (place / "model").mkdir(parents=True)
+    with open(place / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert evaluations.is_under_way(run, 3)
+        evaluations.fail(run, 3, evaluations.identity(checkpoint), "3 jobs ended")
+        evaluate(checkpoint)
+        assert (place / "model").is_dir()
+    assert not evaluations.is_under_way(run, 3)
+    evaluate(checkpoint, sequences=8)
+    assert not (place / "model").exists()
 
 
 @pytest.mark.parametrize("path", ["run", "run/checkpoints/latest", "elsewhere/step-3"])
@@ -282,7 +353,7 @@ def parts(monkeypatch):
     from titans_pretrain.evaluate import heldout, loaded, suite
     from titans_pretrain.export import huggingface
 
-    parts = SimpleNamespace(heldout=0, failing="")
+    parts = SimpleNamespace(heldout=0, failing="", real_suite=suite.evaluate)
 
     def export(checkpoint, model, **_):
         model.mkdir(exist_ok=True)
@@ -293,7 +364,7 @@ def parts(monkeypatch):
         write_json(out / "heldout.json", {"format": heldout.FORMAT, "loss": 2.0})
         return {"loss": 2.0}
 
-    def score(model, out, tasks, **_):
+    def score(model, out, tasks, finished, **_):
         cells = out / suite.CELLS
         cells.mkdir(parents=True, exist_ok=True)
         for name in ("left", *(task.name for task in tasks)):
@@ -301,6 +372,7 @@ def parts(monkeypatch):
                 raise TitansError(f"{name}: no answer")
             found = {"task": name, "cell": "", "model": "m", "result": {"accuracy": 0.5, "n": 4}}
             write_json(cells / f"{name}.json", {"format": suite.FORMAT, **found})
+            finished()
 
     monkeypatch.setattr(huggingface, "export", export)
     monkeypatch.setattr(heldout, "evaluate", held_out)
@@ -330,6 +402,34 @@ def test_another_try_takes_what_is_finished_also_after_it_was_given_up(
     parts.failing = ""
     assert "boolq/accuracy" in evaluate(checkpoint, tasks=["piqa", "boolq"]).metrics
     assert parts.heldout == 1
+
+
+def test_of_a_killed_job_the_finished_cells_are_told(run, checkpoint, parts, toys, monkeypatch):
+    from titans_pretrain.evaluate import loaded, suite
+
+    def answer(model, cell, tell):
+        if cell == "second":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"accuracy": 0.5}
+
+    toy = toys["piqa"]
+    toy.cells, toy.check, toy.run = lambda: ["first", "second"], lambda longest: None, answer
+    monkeypatch.setattr(suite, "evaluate", parts.real_suite)
+    monkeypatch.setattr(loaded, "positions", lambda model: None)
+    monkeypatch.setattr(loaded, "code", lambda model: "c")
+    network = SimpleNamespace(dtype="float32", device="cpu", longest=None)
+    monkeypatch.setattr(loaded, "load", lambda model, **_: network)
+    job = multiprocessing.get_context("fork").Process(
+        target=evaluate, args=(checkpoint,), kwargs={"tasks": ["piqa"]}
+    )
+    evaluations.add_job(run, 3, "11")
+    job.start()
+    job.join()
+    assert job.exitcode == -signal.SIGKILL
+    assert evaluations.fruitless(run, 3) == 0
+    evaluations.fail(run, 3, evaluations.identity(checkpoint), "3 jobs ended")
+    told = {"heldout/loss": 2.0, "piqa-first/accuracy": 0.5}
+    assert evaluations.of_step(run, 3).metrics == told
 
 
 def test_an_export_of_another_version_in_the_workplace_gives_way(tmp_path, monkeypatch):

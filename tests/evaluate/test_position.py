@@ -9,13 +9,13 @@ import torch
 from tiny import MODEL, prepare
 from tiny_model import write_model
 
-from titans_pretrain.baselines.configuration_baseline import BaselineConfig
-from titans_pretrain.baselines.modeling_baseline import BaselineForCausalLM
 from titans_pretrain.errors import TitansError, UserError
 from titans_pretrain.evaluate import heldout, loaded, position, position_text
 from titans_pretrain.evaluate.position_text import Document, TextFiles
 from titans_pretrain.evaluate.tasks import Options
+from titans_pretrain.model.configuration_baseline import BaselineConfig
 from titans_pretrain.model.configuration_titans import TitansConfig
+from titans_pretrain.model.modeling_baseline import BaselineForCausalLM
 from titans_pretrain.model.modeling_titans import TitansForCausalLM
 
 
@@ -55,14 +55,14 @@ def test_a_network_without_a_cache_to_go_on_from_reads_all_at_once():
     torch.testing.assert_close(losses, _one_shot(network, tokens))
 
 
-def test_the_own_baselines_which_refuse_to_keep_a_cache_read_all_at_once():
+def test_a_baseline_of_ours_is_streamed_too():
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     network = BaselineForCausalLM(BaselineConfig(num_hidden_layers=1, **sizes)).eval()
     tokens = torch.randint(0, 300, (21,))
-    ((first, losses),) = position.token_losses(network, tokens, 6)
-    assert first == 0
-    torch.testing.assert_close(losses, _one_shot(network, tokens))
+    firsts, losses = zip(*position.token_losses(network, tokens, 6), strict=True)
+    assert firsts == (0, 6, 12, 18)
+    torch.testing.assert_close(torch.cat(losses), _one_shot(network, tokens))
 
 
 @pytest.mark.parametrize(

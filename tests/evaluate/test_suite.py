@@ -8,12 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import Misfit, TitansError, UserError
 from titans_pretrain.evaluate import loaded, report_figure, suite
+
+CODE = "0" * 64
 
 
 class Task:
@@ -55,6 +58,7 @@ def loads(monkeypatch):
         return Network()
 
     monkeypatch.setattr(loaded, "load", load)
+    monkeypatch.setattr(loaded, "code", lambda _: CODE)
     monkeypatch.setattr(loaded, "parameters", lambda _: 1000)
     monkeypatch.setattr(report_figure, "draw", lambda _, path: path.touch())
     return found
@@ -177,22 +181,93 @@ def test_a_users_mistake_stays_one(model, tmp_path, loads):
 @pytest.mark.parametrize(
     ("raised", "told"),
     [
-        (RuntimeError("CUDA out of memory. Tried to allocate"), TitansError),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"), TitansError),
-        (MemoryError(), TitansError),
-        (RuntimeError("shapes"), RuntimeError),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "apple-1 does not fit in memory"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 5 bytes"),
+            "apple-1 does not fit in memory",
+        ),
+        (MemoryError(), "apple-1 does not fit in memory"),
+        (RuntimeError("shapes\nof tensors"), "apple-1: RuntimeError: shapes"),
+        (ValueError("out of memory"), "apple-1: ValueError: out of memory"),
+        (ZeroDivisionError(), "apple-1: ZeroDivisionError"),
     ],
 )
-def test_a_task_that_does_not_fit_says_so(raised, told, model, tmp_path, loads):
-    class Large(Task):
+def test_whatever_ends_a_cell_the_rest_goes_on(raised, told, model, tmp_path, loads, capsys):
+    class Broken(Task):
         def run(self, model, cell, tell):
             raise raised
 
-    with pytest.raises(told) as caught:
-        suite.evaluate(model, tmp_path, [Large()])
-    if told is TitansError:
-        assert "apple-2048 does not fit in memory" in str(caught.value)
-        assert "--batch" in caught.value.fix
+    with pytest.raises(TitansError) as caught:
+        suite.evaluate(model, tmp_path, [Broken(cells=["1"]), Task("pear", [""])])
+    assert caught.value.what == told
+    assert kept(tmp_path) == ["pear"]
+    assert f"- {caught.value.what}\n" in (tmp_path / "report.md").read_text()
+    foreseen = "does not fit" in told
+    assert ("--batch" in caught.value.fix) == foreseen
+    assert ("Traceback" in capsys.readouterr().err) != foreseen
+    if not foreseen:
+        assert caught.value.fix == "report this as a bug"
+        assert caught.value.where.startswith(f"{__file__}:")
+
+
+def test_a_cell_that_breaks_before_its_turn_does_not_end_the_others(model, tmp_path, loads):
+    class Broken(Task):
+        def fit(self, model, cell):
+            raise AttributeError("instances")
+
+        def run(self, model, cell, tell):
+            self.fit(model, cell)
+
+    with pytest.raises(TitansError, match="apple-1: AttributeError: instances"):
+        suite.evaluate(model, tmp_path, [Broken(cells=["1"]), Task("pear", [""])])
+    assert kept(tmp_path) == ["pear"]
+
+
+def test_a_result_that_cannot_be_written_ends_the_command(model, tmp_path, loads, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(suite, "write_json", full)
+    task = Task()
+    with pytest.raises(OSError, match="No space"):
+        suite.evaluate(model, tmp_path, [task])
+    assert task.ran == ["2048"]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_a_failed_cell_holds_no_memory_while_the_others_run(told, model, tmp_path, loads):
+    class Activations:
+        pass
+
+    held = []
+
+    class Large(Task):
+        def run(self, model, cell, tell):
+            activations = Activations()
+            activations.graph = activations  # a cycle, as autograd's
+            held.append(weakref.ref(activations))
+            try:
+                raise RuntimeError("CUDA out of memory")
+            except RuntimeError:
+                if told:
+                    raise TitansError("10 prompts do not fit") from None
+                raise
+
+    class Next(Task):
+        def run(self, model, cell, tell):
+            assert held[0]() is None
+            return super().run(model, cell, tell)
+
+    with pytest.raises(TitansError, match="fit"):
+        suite.evaluate(model, tmp_path, [Large(cells=["1"]), Next("pear", [""])])
+    assert kept(tmp_path) == ["pear"]
+
+
+def test_where_nothing_succeeds_the_report_tells_that(model, tmp_path, loads):
+    with pytest.raises(TitansError, match="apple-bad"):
+        suite.evaluate(model, tmp_path, [Task(cells=["bad"])])
+    assert "## Not done\n\n- apple-bad: the loss is nan" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["results"] == []
 
 
 def test_another_identity_runs_again_and_takes_no_earlier_results_place(model, tmp_path, loads):
@@ -204,6 +279,16 @@ def test_another_identity_runs_again_and_takes_no_earlier_results_place(model, t
     found = suite.evaluate(model, tmp_path, [again])
     assert again.ran == []
     assert [row["identity"]["seed"] for row in found["results"]] == [1, 0, 1, 0]  # wanted last
+
+
+def test_a_result_of_other_code_is_not_taken_over(model, tmp_path, loads, monkeypatch):
+    suite.evaluate(model, tmp_path, [Task(cells=["1"])])
+    monkeypatch.setattr(loaded, "code", lambda _: "f" * 64)
+    again = Task(cells=["1"])
+    found = suite.evaluate(model, tmp_path, [again])
+    assert again.ran == ["1"]
+    assert [row["identity"]["code"] for row in found["results"]] == [CODE, "f" * 64]
+    assert "max length 64, code ffffffff" in (tmp_path / "report.md").read_text()
 
 
 def test_a_cell_under_its_name_alone_is_taken(model, tmp_path, loads):
@@ -261,6 +346,7 @@ class Network:
     dtype = "float32"
 
 loaded.load = lambda *_, **__: Network()
+loaded.code = lambda _: test_suite.CODE
 write, when = suite.write_json, sys.argv[1]
 
 def dies(path, value):
@@ -293,3 +379,36 @@ def test_a_killed_evaluation_loses_the_unfinished_cell_only(when, left, model, t
     assert kept(out) == ["apple-1", "apple-2", "apple-3"]
     rows = [json.loads(cell(out, f"apple-{n}").read_text()) for n in (1, 2, 3)]
     assert all(row["result"]["accuracy"] == 0.5 for row in rows)
+
+
+class Fitted(Task):
+    """Refuses one cell once the tokenizer is known."""
+
+    def fit(self, model, cell):
+        if cell == "4096":
+            raise Misfit("an answer of 5000 tokens", where="--lengths", fix="use 5001")
+
+
+def test_what_the_tokenizer_tells_is_refused_before_any_cell_is_run(model, tmp_path, loads):
+    first, second = Task(), Fitted("pear")
+    with pytest.raises(Misfit, match="pear-4096: an answer of 5000 tokens") as caught:
+        suite.evaluate(model, tmp_path, [first, second])
+    assert (caught.value.where, caught.value.fix) == ("--lengths", "use 5001")
+    assert first.ran == second.ran == []
+    assert not list((tmp_path / suite.CELLS).iterdir())
+    fitting = Fitted("pear", ["2048"])
+    suite.evaluate(model, tmp_path, [first, fitting])
+    assert fitting.ran == ["2048"]
+
+
+def test_a_failure_that_another_try_may_mend_is_told_before_one_that_none_does(
+    model, tmp_path, loads
+):
+    class Wrong(Task):
+        def run(self, model, cell, tell):
+            raise Misfit("no document of that length", where="--lengths", fix="less")
+
+    with pytest.raises(TitansError, match="pear-bad: the loss is nan"):
+        suite.evaluate(model, tmp_path, [Wrong(), Task("pear", ["bad"])])
+    with pytest.raises(Misfit, match="apple-2048: no document"):
+        suite.evaluate(model, tmp_path, [Wrong()])

@@ -14,6 +14,7 @@ from titans_pretrain.checkpoint.save import save
 from titans_pretrain.errors import UserError
 from titans_pretrain.export import huggingface
 from titans_pretrain.inference import generate
+from titans_pretrain.inference.streamer import Streamer
 from titans_pretrain.parallel.construct import construct
 from titans_pretrain.parallel.shards import FlatShard
 
@@ -28,6 +29,8 @@ MODELS = {
         "intermediate_size": 48,
         "tie_word_embeddings": True,
     },
+    # its matrix products round otherwise where gradients may be wanted
+    "mamba": {**SIZE, "hf": "mamba", "num_hidden_layers": 2, "state_size": 4},
     "mamba2": {
         **SIZE,
         "hf": "mamba2",
@@ -73,7 +76,10 @@ def make_run(directory, name):
 
 
 @pytest.fixture(
-    params=["llama", "h2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mamba2", "rmt"))]
+    params=[
+        *("llama", "mamba", "h2"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("mamba2", "rmt")),
+    ]
 )
 def exported(request, tmp_path, proven_here):
     model = make_run(tmp_path / "run", request.param)
@@ -97,18 +103,26 @@ def test_the_export_is_the_trained_model_and_says_what_it_is(exported):
     facts = yaml.safe_load(card.split("---")[1])
     assert facts["library_name"] == "transformers"
     assert "secret" not in card
+    assert ("trust_remote_code" in card) == own
+    assert ("Python" in card) == own
+    assert "AutoModelForCausalLM.from_pretrained(PATH" in card
 
 
 def test_text_is_generated_from_it(exported, capsys):
     sampling = generate.Sampling(max_new_tokens=4, temperature=0)
-    generate.generate(exported.directory, "river", sampling, device="cpu")
+    told = generate.generate(exported.directory, "river", sampling, device="cpu")
     network, tokenizer = generate.load(exported.directory)
     row = tokenizer("river", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         for _ in range(4):
             last = network(row, use_cache=False).logits[:, -1:].argmax(-1)
             row = torch.cat([row, last], 1)
-    assert tokenizer.decode(row[0], skip_special_tokens=True).strip() in capsys.readouterr().out
+    begin, new = row[0, :-4], row[0, -4:]
+    streamer = Streamer(tokenizer, begin.tolist())
+    streamer.add(new.tolist())
+    streamer.end()
+    assert told == streamer.text
+    assert capsys.readouterr().out == f"{told}\n" * 2
 
 
 def test_changed_bytes_of_a_baseline_of_ours_are_refused(tmp_path, proven_here):
@@ -130,9 +144,15 @@ def test_a_clean_process_needs_nothing_of_the_project(tmp_path, name):
         set()
         if name == "llama"
         else {
+            "attention_blocks.py",
             "baseline_layers.py",
+            "cache.py",
+            "causal_lm.py",
             "configuration_baseline.py",
+            "layers.py",
+            "layout.py",
             "linear_mixers.py",
+            "mamba_mixers.py",
             "modeling_baseline.py",
             "recurrences.py",
             "ttt.py",

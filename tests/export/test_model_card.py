@@ -1,5 +1,24 @@
+import pytest
+
 from titans_pretrain import config
 from titans_pretrain.export import model_card
+
+
+@pytest.mark.parametrize(
+    ("name", "trusts"),
+    [
+        (None, True),
+        ("titans_baseline", True),
+        ("titans_pretrain.model.modeling_baseline:BaselineForCausalLM", True),
+        ("mamba", False),
+        ("transformers.models.mistral.modeling_mistral:MistralForCausalLM", False),
+    ],
+)
+def test_the_card_speaks_of_python_files_where_there_are_some(name, trusts):
+    told = model_card._use(name)
+    assert told["model_class"] == "AutoModelForCausalLM"
+    assert ("trust_remote_code" in told["trust"]) == trusts
+    assert ("Python" in told["needed"]) == trusts
 
 
 def test_the_card_tells_nothing_of_the_machine_and_of_accounts():

@@ -4,14 +4,19 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_streamer import streamed
+from test_token_stream import tokenizer_of
 from tiny_run import make_model
 from transformers import PreTrainedTokenizerFast
 
 from titans_pretrain import cli
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import UserError
+from titans_pretrain.inference import memory_file
 from titans_pretrain.inference.generate import Sampling, generate, load
+from titans_pretrain.inference.prefill import new_cache, prefill
 from titans_pretrain.inference.prompts import prompt_ids
+from titans_pretrain.inference.token_stream import TokenStream
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
 
@@ -26,7 +31,7 @@ def test_it_prints_the_prompt_and_what_the_model_goes_on_with(exported, capsys):
         do_sample=False,
         eos_token_id=2,
     )
-    assert text == tokenizer.decode(tokens[0], skip_special_tokens=True)
+    assert text == streamed(tokenizer, [], tokens[0].tolist())
     assert text.startswith("Hello ba")
     assert len(text) > len("Hello ba")
 
@@ -51,7 +56,7 @@ def test_an_empty_prompt_begins_a_document(exported, capsys):
         torch.tensor([[2]]), max_new_tokens=12, do_sample=False, eos_token_id=2
     )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(exported)
-    assert text == tokenizer.decode(tokens[0], skip_special_tokens=True)
+    assert text == streamed(tokenizer, [], tokens[0].tolist())
 
 
 def test_a_continuation_beyond_the_model_s_positions_is_refused(exported, monkeypatch):
@@ -72,6 +77,44 @@ def test_the_opening_token_is_not_put_twice(exported):
     )
     assert prompt_ids(tokenizer, "") == [2]
     assert prompt_ids(tokenizer, "Bo")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("pending", "prompt", "shown"),
+    [
+        (" mevu", " ba", " ba"),  # what the memory's text held stands before it, and is not shown
+        (" mevu", "", ""),
+        (" e", "\u0301 ba", "é ba"),  # the prompt changes the last character that was held
+    ],
+)
+def test_of_what_a_memory_still_held_only_what_the_prompt_changes_is_shown(
+    pending, prompt, shown, exported, monkeypatch, capsys
+):
+    model, _ = load(exported)
+    tokenizer = tokenizer_of(normalization_rule_name="nmt_nfkc")
+    cache = new_cache(model)
+    prefill(model, torch.tensor([tokenizer("Bo")["input_ids"]]), cache)
+    memory = memory_file.Memory(cache, context="o", pending=pending)
+    place = "titans_pretrain.inference.generate.load"
+    monkeypatch.setattr(place, lambda *_, **__: (model, tokenizer))
+    monkeypatch.setattr(memory_file, "load", lambda *_: memory)
+    generated = []
+    own = model.generate
+
+    def watched(**options):
+        generated.extend(own(**options))
+        return torch.stack(generated)
+
+    monkeypatch.setattr(model, "generate", watched)
+    text = generate(exported, prompt, GREEDY, memory=exported, device="cpu")
+    assert capsys.readouterr().out == text + "\n"
+    (tokens,) = generated
+    begun = TokenStream(tokenizer, "o", pending).finish(prompt)
+    whole = streamed(tokenizer, [], [*begun, *tokens[1:].tolist()])
+    before = "mevu" if pending == " mevu" else ""
+    assert before + text == whole
+    assert text.startswith(shown)
+    assert len(tokens) > 2
 
 
 @pytest.fixture

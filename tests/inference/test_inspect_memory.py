@@ -222,7 +222,7 @@ def test_mistakes_are_told_in_three_lines(words, what, exported, tmp_path, capsy
 
 def test_a_model_without_memory_is_refused(exported, tmp_path, capsys, monkeypatch):
     model = make_model("transformer")
-    monkeypatch.setattr(inspect_memory.generate, "load", lambda *_: (model, None))
+    monkeypatch.setattr(inspect_memory.generate, "load", lambda *_, **__: (model, None))
     (tmp_path / "text").write_text("Bo ba ro mevu.")
     assert cli.main(["inspect-memory", str(exported), str(tmp_path / "text")]) == 2
     assert "a transformer model has no neural memory" in capsys.readouterr().err

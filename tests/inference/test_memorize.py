@@ -5,18 +5,21 @@ import shutil
 
 import pytest
 import torch
+from test_streamer import streamed
 from tiny_run import make_model
-from tokenizer_models import corpus
+from tokenizer_models import corpus, train
 from transformers import PreTrainedTokenizerFast
 
 from titans_pretrain import cli
 from titans_pretrain.errors import UserError
+from titans_pretrain.export import tokenizer as tokenizers
 from titans_pretrain.inference import generate, memorize, memory_file
 from titans_pretrain.inference.generate import Sampling
 from titans_pretrain.inference.prefill import new_cache, prefill
 
 TEXT = "\n".join(corpus(9)) + "\n漢字 mevu"
 PIECE = 32  # of some 300 tokens
+GREEDY = Sampling(max_new_tokens=2, temperature=0)
 
 
 @pytest.fixture
@@ -105,6 +108,23 @@ def test_the_continuation_is_that_of_text_and_prompt_in_one_go(
     assert len(found) > len(prompt)
 
 
+@pytest.mark.parametrize("prompt", ["", " "])
+def test_nothing_goes_on_from_text_and_prompt_of_no_token(
+    prompt, models, exported, tmp_path, monkeypatch
+):
+    model, _ = models("mac")
+    blind = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    to_spaces = tokenizers.write(train(**blind), tmp_path)
+    monkeypatch.setattr(generate, "load", lambda *_, **__: (model, to_spaces))
+    (tmp_path / "text").write_text(" \n ")
+    out = tmp_path / "memory"
+    memorize.memorize(exported, tmp_path / "text", out, device="cpu")
+    with pytest.raises(UserError, match="makes no token of") as caught:
+        generate.generate(exported, prompt, GREEDY, memory=out, device="cpu")
+    assert (caught.value.where, caught.value.fix) == ("PROMPT", "give a prompt with more in it")
+    assert generate.generate(exported, "Bo", GREEDY, memory=out, device="cpu").startswith("Bo")
+
+
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("variant", ["mag", "transformer"])
 def test_it_finds_what_transformers_finds_without_a_cache(
@@ -121,7 +141,7 @@ def test_it_finds_what_transformers_finds_without_a_cache(
         do_sample=False,
         use_cache=False,
     )
-    assert found == tokenizer.decode(tokens[0], skip_special_tokens=True)
+    assert found == streamed(tokenizer, [], tokens[0].tolist())
 
 
 @pytest.mark.parametrize("cut", [1, 200, 333])

@@ -5,7 +5,10 @@ import random
 import pytest
 import torch
 from test_token_stream import tokenizer_of
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
+from titans_pretrain.inference import token_stream
 from titans_pretrain.inference.streamer import Streamer
 
 
@@ -23,25 +26,80 @@ def streamed(tokenizer, prompt, tokens, hidden=0):
     return streamer.text
 
 
+def spelt(tokenizer, *values):
+    """Tokens of single bytes."""
+    return tokenizer.convert_tokens_to_ids([f"<0x{value:02X}>" for value in values])
+
+
+def random_tokens(tokenizer, rng):
+    """Pieces, control pieces, characters spelt byte by byte, and bytes that are no text."""
+    characters = ["漢", "é", "😀", " ", "A", "\u200b", "\n"]
+    tokens = []
+    for _ in range(20):
+        run = "".join(rng.choices(characters, k=rng.randrange(4))).encode()
+        if rng.random() < 0.3:
+            run = bytes([rng.choice([0xFF, 0x80, 0xC0]), *rng.choices(range(256), k=3)])
+        for token in spelt(tokenizer, *run):
+            tokens += [token, *([2] * (rng.random() < 0.1))]
+        tokens += [rng.randrange(259, 512) for _ in range(rng.randrange(1, 4))]
+    return tokens
+
+
 def test_it_prints_what_all_tokens_decode_to(tokenizer, capsys):
-    """Random tokens: bytes that make no character, spaces, control pieces among them."""
+    assert spelt(tokenizer, 255) < [259]  # the ids from there on are no bytes
     rng = random.Random(0)
-    for _ in range(40):
-        tokens = tokenizer("Bo mevu")["input_ids"] + [rng.randrange(512) for _ in range(60)]
-        text = streamed(tokenizer, tokens[:2], tokens[2:])
-        assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+    for first in (0, 1, 2, 7) * 10:
+        tokens = random_tokens(tokenizer, rng)
+        text = streamed(tokenizer, tokenizer("Bo mevu")["input_ids"][:first], tokens)
+        whole = [*tokenizer("Bo mevu")["input_ids"][:first], *tokens]
+        assert text == tokenizer.decode(whole, skip_special_tokens=True)
         assert capsys.readouterr().out == text + "\n"
 
 
-def test_a_character_of_several_bytes_comes_whole(tokenizer, capsys):
-    tokens = tokenizer("Bo 漢字 mevu")["input_ids"]
-    streamer = Streamer(tokenizer, tokens[:1])
-    seen = []
-    for token in tokens[1:]:
-        streamer.add([token])
-        seen.append(capsys.readouterr().out)
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(seen)
-    assert any("漢字" in part for part in seen)
+def test_a_character_spelt_by_bytes_is_printed_with_its_last_byte(tokenizer, capsys):
+    for before in ("", "Bo"):
+        known = tokenizer(before)["input_ids"]
+        streamer = Streamer(tokenizer, known)
+        bytes_so_far = b""
+        for value in "漢字 é😀A".encode():
+            streamer.add(spelt(tokenizer, value))
+            bytes_so_far += bytes([value])
+            assert streamer.text == before + bytes_so_far.decode(errors="ignore")
+        streamer.end()
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((0xE6, 0xBC, 0xA2, 0xE6, 0xBC), "漢��"),
+        ((0xE6, 0xBC, 0xA2, 0xFF, 0x41), "漢��"),
+        ((0xE6, 0xBC, 0x41, 0x41), "����"),
+    ],
+)
+@pytest.mark.parametrize("more", ["", "bo"])
+def test_what_was_printed_stays_if_a_byte_fits_nowhere(values, text, more, tokenizer, capsys):
+    tokens = [*spelt(tokenizer, *values), *tokenizer(more)["input_ids"]]
+    wanted = f"mevu{text}{' ' * bool(more)}{more}"
+    assert streamed(tokenizer, tokenizer("mevu")["input_ids"], tokens) == wanted
+    streamer = Streamer(tokenizer, tokenizer("mevu")["input_ids"])
+    streamer.add(tokens)
+    streamer.end()
+    assert streamer.text == wanted
+
+
+def test_a_piece_that_only_looks_like_a_byte_is_text(capsys):
+    words = {piece: place for place, piece in enumerate(["x", *token_stream.BYTE_PIECES])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "x")))
+    assert streamed(tokenizer, [0], [1 + 0x41, 0]) == "x <0x41> x"
+
+
+def test_a_replacement_that_is_a_piece_stands_before_the_bytes_behind_it(capsys):
+    pieces = ["x", *token_stream.BYTE_PIECES, "\N{REPLACEMENT CHARACTER}"]
+    words = {piece: place for place, piece in enumerate(pieces)}
+    made = Tokenizer(models.WordLevel(words, "x"))
+    made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    assert streamed(tokenizer, [0], [257, 1 + 0x41, 257, 0]) == "x�A�x"
 
 
 def test_a_space_in_front_of_the_first_token_after_control_pieces_is_not_lost(tokenizer, capsys):
@@ -56,8 +114,9 @@ def test_the_hidden_beginning_is_not_printed(tokenizer, capsys):
     assert streamed(tokenizer, tokens, tokenizer(" ba")["input_ids"], hidden=3) == "mevu ro  ba"
 
 
-def test_a_token_costs_the_same_after_any_number_of_tokens(tokenizer, monkeypatch, capsys):
-    words = tokenizer("bo mevu ro ba " * 300)["input_ids"]
+@pytest.mark.parametrize("text", ["bo mevu ro ba " * 300, "漢字" * 300 + " bo"])
+def test_a_token_costs_the_same_after_any_number_of_tokens(text, tokenizer, monkeypatch, capsys):
+    words = tokenizer(text)["input_ids"]
     decoded = []
     decode = tokenizer.decode
 

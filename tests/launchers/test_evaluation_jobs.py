@@ -1,5 +1,7 @@
 """Evaluations of checkpoints while a run trains: when a job is submitted, again, or no more."""
 
+import fcntl
+import itertools
 import json
 from pathlib import Path
 
@@ -125,13 +127,66 @@ def test_a_job_of_a_run_that_was_renamed_since_is_its_own(config, run, slurm, wa
 
 def test_jobs_that_end_without_a_result_are_repeated_and_then_given_up(run, slurm, watch, capsys):
     checkpoint(run, 4)
-    for _ in range(12):
+    identity = evaluations.identity(run.checkpoints / "step-4")
+    evaluations.stopped(run.path, 4, identity, "no network")
+    for _ in range(60):
         watch()
         slurm.end_all()
     assert stages(slurm) == ["eval-4"] * evaluation_jobs.TRIES
     found = evaluations.of_step(run.path, 4)
-    assert found.failure == "3 jobs ended without a result, the last: COMPLETED"
+    assert found.failure == "3 jobs ended without a result, the last: COMPLETED; no network"
     assert f"titans eval-checkpoint {run.checkpoints}/step-4" in capsys.readouterr().out
+
+
+def test_a_job_is_repeated_after_a_while_that_grows(run, slurm, watch, clock):
+    checkpoint(run, 4)
+    times = []
+    for _ in range(60):
+        before = len(stages(slurm))
+        watch()
+        slurm.end_all()
+        times += [clock.now] * (len(stages(slurm)) - before)
+    waits = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert [wait // evaluation_jobs.AGAIN_SECONDS for wait in waits] == [2, 4]
+
+
+def test_jobs_that_finish_something_new_are_repeated_for_as_long(run, slurm, watch):
+    identity = evaluations.identity(checkpoint(run, 4))
+    place = evaluations.workplace(run.path, 4, identity, {})
+    place.mkdir(parents=True)
+    for _ in range(30):
+        results = {str(number): {} for number in range(len(stages(slurm)))}
+        evaluations.keep(place, metrics={}, settings={}, results=results)
+        watch()
+        slurm.end_all()
+    assert len(stages(slurm)) > evaluation_jobs.TRIES
+    assert not evaluations.is_settled(run.path, 4)
+
+
+def test_while_another_process_evaluates_a_checkpoint_no_job_is_repeated(run, slurm, watch):
+    identity = evaluations.identity(checkpoint(run, 4))
+    watch()
+    slurm.end_all()
+    place = evaluations.workplace(run.path, 4, identity, {"asked": "by hand"})
+    (place / "model").mkdir(parents=True)
+    with open(place / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for _ in range(60):
+            watch()
+    assert stages(slurm) == ["eval-4"]
+    watch()
+    assert stages(slurm) == ["eval-4"] * 2
+    assert (place / "model").is_dir()
+
+
+def test_an_attempt_begins_by_removing_exports_nobody_needs(config, run, slurm):
+    identity = evaluations.identity(checkpoint(run, 4))
+    finish(run, 4)
+    place = evaluations.workplace(run.path, 4, identity, {"dtype": "float32"})
+    (place / "model").mkdir(parents=True)
+    with EvaluationJobs(config, run.jobs / "config.yaml", run.path, lambda: True):
+        pass
+    assert not (place / "model").exists()
 
 
 def test_a_job_that_ran_to_its_result_is_not_repeated(run, slurm, watch):
@@ -149,8 +204,8 @@ def test_a_number_that_slurm_gave_to_another_job_is_an_ended_one(run, slurm, wat
     checkpoint(run, 4)
     watch()
     slurm.known = [job_of("11", "another", "RUNNING")]
-    watch()
-    watch()
+    for _ in range(12):
+        watch()
     assert stages(slurm) == ["eval-4"] * 2
 
 
@@ -303,3 +358,28 @@ def test_a_bad_job_is_told_like_a_refusal(run, slurm, watch, monkeypatch, capsys
     checkpoint(run, 4)
     watch()
     assert "step 4 is not submitted yet: cannot stand" in capsys.readouterr().out
+
+
+def test_what_no_other_job_can_mend_is_told_once_and_not_repeated(run, slurm, watch, capsys):
+    why = "piqa: 64 tokens are more than the model's 63 positions; --max-length; use at most 63"
+    for step in (4, 8):
+        checkpoint(run, step)
+        watch()
+        evaluations.fail(
+            run.path, step, evaluations.identity(run.checkpoints / f"step-{step}"), why
+        )
+        for _ in range(4):
+            watch()
+            slurm.end_all()
+    assert stages(slurm) == ["eval-4", "eval-8"]
+    assert capsys.readouterr().out.count(why) == 1
+
+
+def test_what_is_given_up_is_told_once(run, slurm, watch, monkeypatch, capsys):
+    checkpoint(run, 4)
+    slurm.refuse_stage = "eval-4"
+    monkeypatch.setattr(evaluation_jobs, "REFUSALS", 1)
+    for _ in range(3):
+        watch()
+    told = capsys.readouterr().out
+    assert told.count("step 4") == told.count("step 4 is given up") == 1

@@ -154,6 +154,11 @@ class TestStages:
         assert stage("eval").arguments == ("--sequences", "1024")
         assert stage("eval", eval={"sequences": 0}).arguments == ()
 
+    def test_the_package_that_the_run_itself_names_may_run_in_its_evaluation(self):
+        packaged = run().model_copy(update={"model": {"hf": "lanterns:LanternForCausalLM"}})
+        spec = job.stage_spec("eval", packaged, directory=PLACE, config_path=FROZEN)
+        assert spec.arguments == ("--sequences", "1024", "--trust-remote-code")
+
     def test_export_and_evaluation_have_what_a_rank_of_training_has(self, tmp_path):
         section = {
             "gpus_per_node": 8,

@@ -54,6 +54,12 @@ def test_a_number_beyond_its_bound_is_refused_and_the_bound_itself_is_not(
     assert alone == []
 
 
+def test_the_bias_of_a_gate_that_is_off_is_refused() -> None:
+    problem = only({"use_forgetting": False, "forget_bias": -7.0})
+    assert problem.field == "forget_bias"
+    assert problems({"use_forgetting": False}) == problems({"forget_bias": -7.0}) == []
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [f.name for f in FIELDS if f.kind is float])
 def test_a_number_that_is_not_finite_is_refused(name: str, value: float) -> None:

@@ -13,8 +13,8 @@ def feed(tmp_path):
     return EvaluationFeed(tmp_path)
 
 
-def finish(run, step, checkpoint="a", loss=2.0):
-    told = {"metrics": {"heldout/loss": loss}, "settings": {}, "results": {}}
+def finish(run, step, checkpoint="a", loss=2.0, **settings):
+    told = {"metrics": {"heldout/loss": loss}, "settings": settings, "results": {}}
     evaluations.write(run, step, checkpoint, **told)
 
 
@@ -53,6 +53,19 @@ def test_one_that_a_rollback_undid_comes_again_when_its_step_is_made_anew(tmp_pa
     finish(tmp_path, 4, checkpoint="b", loss=3.0)
     feed.look()
     assert feed.next() == values(4, 3.0)
+
+
+@pytest.mark.parametrize("again", [{"dtype": "bfloat16"}, {"loss": 3.0}])
+def test_one_that_was_repeated_otherwise_comes_again(again, tmp_path, feed):
+    finish(tmp_path, 4, dtype="float32")
+    feed.look()
+    feed.next()
+    finish(tmp_path, 4, **{"dtype": "float32"} | again)
+    feed.look()
+    assert [feed.next(), feed.next()] == [values(4, again.get("loss", 2.0)), {}]
+    finish(tmp_path, 4, **{"dtype": "float32"} | again)
+    feed.look()
+    assert feed.next() == {}
 
 
 def test_what_cannot_be_put_down_is_given_all_the_same(tmp_path, feed, monkeypatch):
@@ -139,7 +152,7 @@ def test_the_parts_of_a_failure_come_and_the_whole_after_it(tmp_path, feed):
     place = evaluations.workplace(tmp_path, 4, "a", {})
     place.mkdir(parents=True)
     told = {"metrics": {"heldout/loss": 2.0}, "settings": {}, "results": {}}
-    evaluations.keep(place, **told, why="")
+    evaluations.keep(place, **told)
     evaluations.fail(tmp_path, 4, "a", "a task failed")
     feed.look()
     assert feed.next() == values(4)

@@ -201,6 +201,26 @@ def test_other_libraries_models_are_compared_by_their_own_keys(
     assert check(keys)["name"] == "model"
 
 
+def test_configurations_that_hold_an_infinity_are_compared_too(
+    sections, corpus, tmp_path, monkeypatch
+):
+    keys = {"hf": "mamba2", "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1}
+    keys |= {"num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1}
+    run = save_model(sections | {"model": keys}, tmp_path / "run", corpus / "tokenizer.model")
+    monkeypatch.setattr(huggingface.verification, "verify", lambda *_: None)
+    huggingface.export(run, tmp_path / "model")
+    assert "Infinity" in (tmp_path / "model" / "config.json").read_text()
+
+    def check(model):
+        train = sections["train"] | {"init_from": str(tmp_path / "model")}
+        asked = config.resolve(sections | {"model": model, "train": train}, source="test")
+        return initial.check(asked, (corpus / "tokenizer.model").read_bytes())
+
+    assert check(keys)["name"] == "model"
+    limited = keys | {"time_step_limit": [0.0, 1.0]}
+    refused(lambda: check(limited), "model.time_step_limit: .* is not the", "time_step_limit=")
+
+
 def test_damaged_bytes_are_refused(model, check):
     with open(model / WEIGHTS, "r+b") as handle:
         handle.seek(-1, 2)

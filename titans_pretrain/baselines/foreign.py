@@ -7,10 +7,13 @@ configuration.
 
 import difflib
 import importlib
+import inspect
 import math
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from titans_pretrain.baselines import gpu_packages
 from titans_pretrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -18,9 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEY = "hf"
-OWN = {"titans_baseline": "titans_pretrain.baselines.modeling_baseline:BaselineForCausalLM"}
+OWN = {"titans_baseline": "titans_pretrain.model.modeling_baseline:BaselineForCausalLM"}
 NEEDS_GPU = ("fla",)  # packages whose layers are GPU kernels
 MAMBA = ("mamba", "mamba2")
+MAMBA_EMBEDDING = 0.02  # standard deviation of mamba-ssm's
+LOOKS_BACK = "is_decoder"  # the key, in classes that have it, without which they look ahead
+NO_DROPOUT = ("classifier_dropout", "summary_first_dropout")  # of other heads
 BROKEN = {  # by model_type
     "rwkv": "divides its own weights when it is evaluated, and reads otherwise with its cache",
     "recurrent_gemma": "reads otherwise with its cache than without, and with pads on the left",
@@ -67,13 +73,19 @@ def complete(model: Mapping[str, Any]) -> dict[str, Any]:
 def classes(name: Any) -> tuple[Any, Any]:
     """The model's and the configuration's class of a value of ``model.hf``.
 
+    Without a GPU its layers are bound to plain torch.
+
     Raises:
         UserError: there is none, or its package is not installed.
     """
     if not isinstance(name, str) or not name:
         raise _error(KEY, f"{name!r} is no name", "give a model_type, or module:Class")
-    if ":" in name or name in OWN:
-        return _installed(OWN.get(name, name))
+    with gpu_packages.for_device(keep=package(name)):
+        return _installed(OWN.get(name, name)) if ":" in name or name in OWN else _known(name)
+
+
+def _known(name: str) -> tuple[Any, Any]:
+    """The classes of a ``model_type`` of transformers."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -122,7 +134,7 @@ def configuration(model: Mapping[str, Any], **ids: int) -> Any:
 def build(model: Mapping[str, Any], seed: int) -> "nn.Module":
     """The whole model in float32 on the host, with its class's own initial weights of that seed.
 
-    Those of Mamba and Mamba2 are mamba-ssm's, see ``begin_as_mamba_ssm``.
+    Those of Mamba and Mamba2 are mamba-ssm's, with ``initializer_range`` for the embeddings.
     Every process that asks gets the same weights; the random state stays as it is.
 
     Raises:
@@ -130,16 +142,26 @@ def build(model: Mapping[str, Any], seed: int) -> "nn.Module":
     """
     import torch
 
-    from titans_pretrain.baselines.baseline_layers import begin_as_mamba_ssm
-
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = _build(model)
         if network.config.model_type in MAMBA:
-            for layer in network.backbone.layers:
-                begin_as_mamba_ssm(layer.mixer, len(network.backbone.layers))
+            _begin_as_mamba_ssm(network, model.get("initializer_range", MAMBA_EMBEDDING))
     check_state(network, type(network).__name__)
     return network
+
+
+def _begin_as_mamba_ssm(network: Any, embedding: float) -> None:
+    """Change what mamba-ssm begins otherwise; the embeddings have that standard deviation."""
+    from torch import nn
+
+    from titans_pretrain.model.baseline_layers import begin_as_mamba_ssm
+
+    for layer in network.backbone.layers:
+        begin_as_mamba_ssm(layer.mixer, len(network.backbone.layers))
+    nn.init.normal_(network.backbone.embeddings.weight, std=embedding)
+    if not network.config.tie_word_embeddings:
+        network.lm_head.reset_parameters()
 
 
 def skeleton(model: Mapping[str, Any]) -> "nn.Module":
@@ -178,13 +200,20 @@ def check_device(model: Mapping[str, Any], device: str) -> None:
     Raises:
         UserError: the model's package needs a GPU.
     """
-    package = str(model[KEY]).split(".")[0].split(":")[0]
-    if device == "cpu" and package in NEEDS_GPU:
+    if device == "cpu" and package(str(model[KEY])) in NEEDS_GPU:
         raise UserError(
             f"the layers of {model[KEY]} are GPU kernels, and there is no GPU here",
             where="model.hf",
             fix="train it on a GPU, or take a baseline that runs anywhere, such as llama or mamba2",
         )
+
+
+def package(name: str) -> str | None:
+    """The package that a value of ``model.hf`` needs besides transformers and this one, if any."""
+    module, colon, _ = name.partition(":")
+    root = module.partition(".")[0]
+    known = ("transformers", __name__.partition(".")[0])
+    return root if colon and root not in known else None
 
 
 def can_recompute(model: Mapping[str, Any]) -> bool:
@@ -262,7 +291,7 @@ def _check_key(name: str, value: Any, usual: Mapping[str, Any], of: str) -> None
     wanted = type(usual[name])
     if wanted in (bool, int, float, str, list) and not _has_type(value, wanted):
         raise _error(name, f"{value!r} is no {wanted.__name__}", f"give a {wanted.__name__}")
-    if "drop" in name and isinstance(value, int | float) and value > 0:
+    if _drops(name, value):
         raise _error(name, f"{value} would not repeat when a run is resumed", "use 0")
     if name in _ROTARY and isinstance(value, dict):
         rotary = _rotary_keys()
@@ -310,17 +339,38 @@ def _check_kind(config: Any, model_class: Any) -> None:
         raise _error(KEY, f"transformers' {model_class.__name__} {why}", fix)
     if getattr(config, "is_encoder_decoder", False):
         raise _error(KEY, f"{model_class.__name__} is no decoder alone", "choose a decoder")
-    if not getattr(config, "is_decoder", True):
+    if not getattr(config, LOOKS_BACK, True) and _reads(model_class, LOOKS_BACK):
         raise _error(
-            "is_decoder", f"{model_class.__name__} would look ahead", "add is_decoder: true"
+            LOOKS_BACK, f"{model_class.__name__} would look ahead", f"add {LOOKS_BACK}: true"
         )
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise _error(KEY, f"{model_class.__name__} has no vocab_size of its own", "choose another")
     for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, int | float) and value > 0:
+        if _drops(name, value):
             raise _error(
                 name, f"{value} by default would not repeat when a run is resumed", f"add {name}: 0"
             )
+
+
+def _drops(name: str, value: Any) -> bool:
+    number = isinstance(value, int | float) and value > 0
+    return number and "drop" in name and name not in NO_DROPOUT
+
+
+def _reads(model_class: Any, key: str) -> bool:
+    """Whether a model's code reads a key of its configuration; examples in docstrings do not."""
+    from transformers import PreTrainedModel
+
+    own = [c for c in model_class.__mro__ if issubclass(c, PreTrainedModel)]
+    for module in {c.__module__ for c in own if c is not PreTrainedModel}:
+        try:
+            source = inspect.getsource(sys.modules[module])
+        except (OSError, KeyError):
+            return True  # it may
+        lines = [line for line in source.splitlines() if not line.lstrip().startswith(">>>")]
+        if any(f".{key}" in line or f'"{key}"' in line for line in lines):
+            return True
+    return False
 
 
 def _refused(who: str, error: Exception) -> UserError:

@@ -5,10 +5,10 @@ be evaluated. Each has one writer, the evaluation; whoever shows a run joins the
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,20 @@ from typing import Any
 from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import UserError
-from titans_pretrain.files import read_json, sha256_file, write_json
+from titans_pretrain.files import (
+    held,
+    read_json,
+    remove_abandoned,
+    sha256_cached,
+    sha256_file,
+    write_json,
+)
 
 FORMAT = "titans-evaluation/1"
 DIRECTORY = "evaluations"
 PARTS = "parts.json"
+MODEL = "model"
+LOCK = ".lock"
 _RESULT = re.compile(r"step-(\d+)\.json")
 _OF_STEP = re.compile(r"\.?step-(\d+)[.-].*")
 
@@ -96,16 +105,8 @@ def is_settled(run: Path, step: int) -> bool:
     if found is None:
         return False
     with contextlib.suppress(OSError):
-        path = _checkpoint(run, step) / manifest.NAME
-        found_file = path.stat()
-        return found.checkpoint == _sha256(path, found_file.st_mtime_ns, found_file.st_size)
+        return found.checkpoint == sha256_cached(_checkpoint(run, step) / manifest.NAME)
     return True
-
-
-@functools.lru_cache(maxsize=1024)
-def _sha256(path: Path, changed: int, size: int) -> str:
-    """Of a file that is asked about again and again, read once each time it changed."""
-    return sha256_file(path)
 
 
 def differing(one: Evaluation, newest: Evaluation) -> list[str]:
@@ -163,7 +164,6 @@ def keep(
     metrics: Mapping[str, float],
     settings: Mapping[str, Any],
     results: Mapping[str, Any],
-    why: str,
 ) -> None:
     """Put down what an evaluation has finished so far, in its workplace.
 
@@ -172,26 +172,68 @@ def keep(
         metrics: finite, by name.
         settings: what it evaluates on.
         results: all that was found.
-        why: it ends so; empty if it goes on.
     """
     told = {"metrics": dict(metrics), "settings": dict(settings), "results": dict(results)}
-    write_json(place / PARTS, {**told, "why": why})
+    write_json(place / PARTS, told)
+
+
+def stopped(run: Path, step: int, checkpoint: str, why: str) -> None:
+    """Put down why an evaluation ended without a result; another try may have one.
+
+    Args:
+        run: its directory.
+        step: of the checkpoint.
+        checkpoint: its identity.
+        why: in one line.
+    """
+    (run / DIRECTORY).mkdir(exist_ok=True)
+    write_json(_error(run, step), {"checkpoint": checkpoint, "why": why})
+
+
+def gave_way(run: Path, step: int, checkpoint: str) -> None:
+    """Put down that this process's job did nothing, as another process evaluates the checkpoint."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    told = {"checkpoint": checkpoint, "why": _why(run, step, checkpoint), "gave_way": job}
+    write_json(_error(run, step), told)
 
 
 def fail(run: Path, step: int, checkpoint: str, why: str) -> Path:
     """Put down that a checkpoint cannot be evaluated, with the parts that were finished; the file.
 
-    They stay in its workplaces, too, for another try; the exported models go.
+    The reason of the last try that told one is added. The parts stay in their workplaces, too, for
+    another try; the exported models go, but for those of evaluations that are under way.
     """
-    places = list((run / DIRECTORY).glob(f"{_workplaces(step, checkpoint)}*"))
+    places = _places(run, step, checkpoint)
     kept = [(_changed(place / PARTS), read_json(place / PARTS) or {}) for place in places]
     parts = max(kept, key=lambda one: one[0])[1] if kept else {}
     told = {key: parts.get(key) or {} for key in ("metrics", "settings", "results")}
-    reason = "; ".join(filter(None, (why, str(parts.get("why") or ""))))
+    reason = "; ".join(dict.fromkeys(filter(None, (why, _why(run, step, checkpoint)))))
     path = _write(run, step, checkpoint, {**told, "failure": reason})
     for place in places:
-        shutil.rmtree(place / "model", ignore_errors=True)
+        _release(place)
     return path
+
+
+def tidy(run: Path) -> None:
+    """Remove the exports with which no evaluation goes on: its checkpoint is settled, or gone.
+
+    What was finished stays: the same evaluation takes it. Those under way are left alone.
+    """
+    for place in (run / DIRECTORY).glob(".step-*"):
+        match = _OF_STEP.fullmatch(place.name)
+        if match is None or not place.is_dir():
+            continue
+        step = int(match[1])
+        if is_settled(run, step) or not _checkpoint(run, step).exists():
+            _release(place)
+
+
+def is_under_way(run: Path, step: int) -> bool:
+    """Whether a process evaluates the checkpoint of a step; False where no lock tells."""
+    with contextlib.suppress(UserError):
+        places = _places(run, step, identity(_checkpoint(run, step)))
+        return any(map(_is_held, places))
+    return False
 
 
 def undo(run: Path, step: int) -> None:
@@ -208,24 +250,41 @@ def undo(run: Path, step: int) -> None:
 
 def jobs(run: Path, step: int) -> list[str]:
     """The jobs that were submitted to evaluate the checkpoint of a step, oldest first."""
-    told = read_json(_jobs(run, step)) or {}
-    found = told.get("jobs")
-    with contextlib.suppress(UserError):
-        if told.get("checkpoint") == identity(_checkpoint(run, step)) and isinstance(found, list):
-            return [str(one) for one in found]
-    return []
+    return [str(job) for job in _submitted(run, step).get("jobs", [])]
 
 
-def add_job(run: Path, step: int, job: str) -> None:
+def add_job(run: Path, step: int, job: str, fruitless: int = 0) -> None:
     """Put down that a job evaluates the checkpoint of a step.
+
+    Args:
+        run: its directory.
+        step: of the checkpoint.
+        job: its number.
+        fruitless: jobs before it that ended, one after the other, with nothing new finished.
 
     Raises:
         UserError: the checkpoint is gone.
     """
     checkpoint = identity(_checkpoint(run, step))
     (run / DIRECTORY).mkdir(exist_ok=True)
-    told = {"checkpoint": checkpoint, "jobs": [*jobs(run, step), job]}
-    write_json(_jobs(run, step), told)
+    told = {"checkpoint": checkpoint, "jobs": [*jobs(run, step), job], "fruitless": fruitless}
+    write_json(_jobs(run, step), {**told, "finished": _finished(run, step, checkpoint)})
+
+
+def fruitless(run: Path, step: int) -> int:
+    """How many jobs ended, one after the other up to the last, with nothing new finished.
+
+    One that gave way to another process's evaluation is not counted.
+    """
+    told = _submitted(run, step)
+    if not told.get("jobs"):
+        return 0
+    checkpoint, before = told["checkpoint"], int(told.get("fruitless", 0))
+    if _finished(run, step, checkpoint) > told.get("finished", 0):
+        return 0
+    found = read_json(_error(run, step)) or {}
+    gave_way = [found.get("checkpoint"), found.get("gave_way")] == [checkpoint, told["jobs"][-1]]
+    return before if gave_way else before + 1
 
 
 def workplace(run: Path, step: int, checkpoint: str, settings: Mapping[str, Any]) -> Path:
@@ -246,6 +305,45 @@ def _workplaces(step: int, checkpoint: str) -> str:
     return f".{layout.step_name(step)}-{checkpoint[:8]}-"
 
 
+def _places(run: Path, step: int, checkpoint: str) -> list[Path]:
+    return list((run / DIRECTORY).glob(f"{_workplaces(step, checkpoint)}*"))
+
+
+def _is_held(place: Path) -> bool:
+    with contextlib.suppress(OSError), held(place / LOCK) as free:
+        return not free
+    return False  # it is gone
+
+
+def _release(place: Path) -> None:
+    """Remove the export of a workplace, also one half made, unless someone is at work there."""
+    with contextlib.suppress(OSError), held(place / LOCK) as free:
+        if free:
+            shutil.rmtree(place / MODEL, ignore_errors=True)
+            remove_abandoned(place, MODEL)
+
+
+def _submitted(run: Path, step: int) -> dict[str, Any]:
+    """What is put down of the jobs of the checkpoint that is there now."""
+    told = read_json(_jobs(run, step)) or {}
+    with contextlib.suppress(UserError):
+        if told.get("checkpoint") == identity(_checkpoint(run, step)):
+            return told if isinstance(told.get("jobs"), list) else {}
+    return {}
+
+
+def _finished(run: Path, step: int, checkpoint: str) -> int:
+    """How many parts the evaluations of a checkpoint have finished."""
+    parts = [read_json(place / PARTS) or {} for place in _places(run, step, checkpoint)]
+    return sum(len(one.get("results") or {}) for one in parts)
+
+
+def _why(run: Path, step: int, checkpoint: str) -> str:
+    """Why the last try that told it ended."""
+    told = read_json(_error(run, step)) or {}
+    return str(told.get("why") or "") if told.get("checkpoint") == checkpoint else ""
+
+
 def _changed(path: Path) -> float:
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
@@ -256,6 +354,7 @@ def _write(run: Path, step: int, checkpoint: str, told: Mapping[str, Any]) -> Pa
     path = _result(run, step)
     path.parent.mkdir(exist_ok=True)
     write_json(path, {"format": FORMAT, "step": step, "checkpoint": checkpoint, **told})
+    _error(run, step).unlink(missing_ok=True)
     return path
 
 
@@ -273,3 +372,7 @@ def _result(run: Path, step: int) -> Path:
 
 def _jobs(run: Path, step: int) -> Path:
     return run / DIRECTORY / f"{layout.step_name(step)}.jobs.json"
+
+
+def _error(run: Path, step: int) -> Path:
+    return run / DIRECTORY / f"{layout.step_name(step)}.error.json"

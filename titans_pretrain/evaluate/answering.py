@@ -1,13 +1,15 @@
 """The likeliest continuations of prompts, whatever their length."""
 
+import contextlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import TitansError
 from titans_pretrain.evaluate.loaded import Loaded, out_of_memory
 from titans_pretrain.evaluate.text_tokens import whole_ids
-from titans_pretrain.inference.prefill import PIECE, is_titans, new_cache, prefill
+from titans_pretrain.inference.prefill import PIECE, continues, new_cache, prefill
+from titans_pretrain.inference.prompts import check_ids, check_positions, check_some, prompt_ids
 
 
 def greedy(
@@ -20,15 +22,15 @@ def greedy(
 ) -> list[str]:
     """Continue every prompt with the likeliest token, again and again.
 
-    A batch is padded on the left. A Titans model reads prompts a piece at a time into its cache, so
-    that of their length only the ids need memory; other models read them as transformers does.
+    A batch is padded on the left. A model of this project reads prompts a piece at a time into its
+    cache, so that of their length only the ids need memory; others read them as transformers does.
 
     Args:
         model: what continues.
         prompts: texts, none of which is held; an empty one begins a document.
         max_new_tokens: tokens to add; fewer if the model ends the document.
         batch: prompts at once.
-        piece: tokens that a Titans model reads at once.
+        piece: tokens that a model of this project reads at once.
 
     Returns:
         The continuations alone, without special tokens, in the order of the prompts.
@@ -39,7 +41,8 @@ def greedy(
         TitansError: a batch does not fit in memory.
     """
     rows = [_encode(model, prompt, number) for number, prompt in enumerate(prompts)]
-    _check_lengths(model, [len(row) for row in rows], max_new_tokens)
+    for number, row in enumerate(rows):
+        check_positions(f"prompt {number}", len(row), model.longest, more=max_new_tokens)
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     answers = [""] * len(rows)
     for first in range(0, len(order), batch):
@@ -64,45 +67,14 @@ def _encode(model: Loaded, prompt: str, number: int) -> Any:
     """Token ids of a prompt, (tokens,), as the tokenizer begins a text."""
     import torch
 
-    text = prompt or model.tokenizer.bos_token or model.tokenizer.eos_token
-    if not text:
-        raise UserError(
-            "the model has no token to begin a document with",
-            where=f"prompt {number}",
-            fix="give a prompt",
-        )
+    where = f"prompt {number}"
     if prompt:
-        found = whole_ids(model.tokenizer, text)
+        found = whole_ids(model.tokenizer, prompt)
+        check_some(found, prompt, where)
     else:
-        found = array("q", model.tokenizer(text)["input_ids"])
-    if not found:
-        raise UserError(
-            f"the tokenizer makes no token of {text!r}",
-            where=f"prompt {number}",
-            fix="give a prompt with more in it",
-        )
-    ids = torch.frombuffer(found, dtype=torch.int64)
-    vocabulary = model.network.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= vocabulary:
-        raise UserError(
-            f"the tokenizer's ids exceed the model's {vocabulary}",
-            where=f"prompt {number}",
-            fix="export the model again",
-        )
-    return ids
-
-
-def _check_lengths(model: Loaded, lengths: Sequence[int], new: int) -> None:
-    if model.longest is None:
-        return
-    for number, length in enumerate(lengths):
-        if length + new > model.longest:
-            raise UserError(
-                f"{length} tokens and {new} new ones are more than the model's "
-                f"{model.longest} positions",
-                where=f"prompt {number}",
-                fix=f"use prompts of at most {model.longest - new} tokens",
-            )
+        found = array("q", prompt_ids(model.tokenizer, prompt, where))
+    check_ids(found, model.network, where)
+    return torch.frombuffer(found, dtype=torch.int64)
 
 
 def _continue(model: Loaded, rows: Sequence[Any], new: int, piece: int) -> Iterator[str]:
@@ -112,7 +84,7 @@ def _continue(model: Loaded, rows: Sequence[Any], new: int, piece: int) -> Itera
 
     ends, pad = _end_tokens(model), _pad_token(model)
     more: dict[str, Any] = {}
-    pieces = {"prefill_chunk_size": piece} if is_titans(model.network) else {}
+    pieces = {"prefill_chunk_size": piece} if continues(model.network) else {}
     if pieces and len(set(map(len, rows))) == 1:
         tokens, more = _read(model, torch.stack(list(rows)) if rows[1:] else rows[0][None], piece)
         mask, pieces = torch.ones_like(tokens), {}
@@ -128,7 +100,7 @@ def _continue(model: Loaded, rows: Sequence[Any], new: int, piece: int) -> Itera
         pad_token_id=pad,
         **pieces,
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), _settings_alone(model.network, settings):
         out = model.network.generate(
             tokens.to(model.device),
             attention_mask=mask.to(model.device),
@@ -138,8 +110,19 @@ def _continue(model: Loaded, rows: Sequence[Any], new: int, piece: int) -> Itera
     return (_text(model, row, ends) for row in out[:, length:].tolist())
 
 
+@contextlib.contextmanager
+def _settings_alone(network: Any, settings: Any) -> Iterator[None]:
+    """Keep out the model's own settings, such as banned n-grams, which transformers adds."""
+    own = network.generation_config
+    network.generation_config = settings
+    try:
+        yield
+    finally:
+        network.generation_config = own
+
+
 def _read(model: Loaded, ids: Any, piece: int) -> tuple[Any, dict[str, Any]]:
-    """A Titans model's cache behind all but the last of rows of equal length, and that last."""
+    """A cache of the model behind all but the last of rows of equal length, and that last."""
     import torch
 
     cache = new_cache(model.network)

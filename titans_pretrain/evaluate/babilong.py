@@ -11,22 +11,23 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit
 from titans_pretrain.evaluate import babilong_facts as facts
 from titans_pretrain.evaluate.answering import greedy
 from titans_pretrain.evaluate.babilong_context import Background, hide
 from titans_pretrain.evaluate.babilong_facts import Question
 from titans_pretrain.evaluate.loaded import Loaded
 from titans_pretrain.evaluate.progress import Progress
-from titans_pretrain.evaluate.tasks import Options, check_positions
+from titans_pretrain.evaluate.tasks import Options
 from titans_pretrain.evaluate.text_tokens import TextTokens
 from titans_pretrain.files import sha256_file
+from titans_pretrain.inference.prompts import check_positions
 
 PREFIX = "babilong_"
 NAMES = tuple(PREFIX + task for task in facts.TASKS)
 LENGTHS = ("0k", "1k", "2k", "4k", "8k", "16k", "32k")
 NEW_TOKENS = 20
-DEFINITION = 1  # of prompts, places and scoring; another one makes earlier results others
+DEFINITION = 2  # of prompts, places and scoring; another one makes earlier results others
 PROMPT_TOKENS = 300
 TOKENS_PER_FACT = 8
 SAMPLES, LONG_SAMPLES, LONG = 1000, 100, 32_000
@@ -48,9 +49,9 @@ class BabilongTask:
 
     def __init__(self, task: str, options: Options, background: Background) -> None:
         if options.facts is None:
-            raise UserError("no bAbI files", where="--facts", fix="name their folder (en-10k)")
+            raise Misfit("no bAbI files", where="--facts", fix="name their folder (en-10k)")
         if options.shots:
-            raise UserError(
+            raise Misfit(
                 f"{options.shots} examples: BABILong's prompts have their own",
                 where="--few-shot",
                 fix="leave it out, or use 0 for context and question alone",
@@ -85,6 +86,10 @@ class BabilongTask:
         for tokens in self._lengths.values():
             check_positions("--lengths", tokens, longest, more=NEW_TOKENS)
 
+    def fit(self, model: Loaded, cell: str) -> None:
+        """Refuse a length that leaves no room for context or facts."""
+        self._asked(model, cell, lambda line: None)
+
     def run(self, model: Loaded, cell: str, tell: Callable[[str], None]) -> dict[str, Any]:
         """Accuracy at a length.
 
@@ -92,8 +97,7 @@ class BabilongTask:
             ``accuracy``, its standard error, ``samples``, and the mean ``context_tokens``.
         """
         tokens = TextTokens.of(model.tokenizer)
-        size = self._context_size(cell, tokens)
-        questions = self._questions(cell, size, tell)
+        size, questions = self._asked(model, cell, tell)
         progress = Progress("questions", len(questions), tell)
         right, batch = 0, self._options.batch
         counts: list[int] = []
@@ -115,25 +119,37 @@ class BabilongTask:
             "context_tokens": round(sum(counts) / len(questions)),
         }
 
+    def _asked(
+        self, model: Loaded, cell: str, tell: Callable[[str], None]
+    ) -> tuple[int, list[Question]]:
+        """Tokens of facts and background at a length, and the questions."""
+        tokens = TextTokens.of(model.tokenizer)
+        specials = len(model.tokenizer("")["input_ids"])
+        size = self._context_size(cell, tokens, specials)
+        return size, self._questions(cell, size, tokens, tell)
+
     @cached_property
     def _facts_hash(self) -> str:
         return sha256_file(self._path)
 
-    def _context_size(self, cell: str, tokens: TextTokens) -> int:
+    def _context_size(self, cell: str, tokens: TextTokens, specials: int) -> int:
         """Tokens of facts and background: what the rest of the prompt leaves of the length."""
-        longest = max((one.question for one in self._all), key=len)
+        asked = sorted({one.question for one in self._all})
+        _, longest = max(zip(map(len, tokens.ids(asked)), asked, strict=True))
         rest = tokens.count(facts.prompt(self._task, "", longest, bare=self._bare))
-        rest = max(PROMPT_TOKENS, rest)
+        rest = max(PROMPT_TOKENS, rest + specials)
         if 0 < self._lengths[cell] <= rest:
-            raise UserError(
+            raise Misfit(
                 f"{cell}: {rest} tokens are for the rest of the prompt",
                 where="--lengths",
                 fix="use longer ones, or 0k for the facts alone",
             )
         return max(0, self._lengths[cell] - rest)
 
-    def _questions(self, cell: str, size: int, tell: Callable[[str], None]) -> list[Question]:
-        """The same ones at every length, but for those of too many facts."""
+    def _questions(
+        self, cell: str, size: int, tokens: TextTokens, tell: Callable[[str], None]
+    ) -> list[Question]:
+        """The same ones at every length, but for those whose facts are too many or too long."""
         wanted = self._options.samples
         if wanted is None:
             wanted = SAMPLES if self._lengths[cell] <= LONG else LONG_SAMPLES
@@ -142,15 +158,18 @@ class BabilongTask:
         )
         if size:
             found = facts.with_few_facts(found, size // TOKENS_PER_FACT)
-        if not found:
-            raise UserError(
+        taken, left_out = _that_fit(found, size, wanted, tokens) if size else (found[:wanted], 0)
+        if not taken:
+            raise Misfit(
                 f"{cell}: every question has more facts than {size} tokens hold",
                 where="--lengths",
                 fix="use longer ones, or 0k for the facts alone",
             )
-        if len(found) < wanted:
-            tell(f"{self.name} {cell}: {len(found)} questions, not {wanted}")
-        return found[:wanted]
+        if left_out or len(taken) < wanted:
+            count = f"{len(taken)} questions" + f", not {wanted}" * (len(taken) < wanted)
+            long = f"; {left_out} left out, whose facts are more than {size} tokens"
+            tell(f"{self.name} {cell}: {count}{long * bool(left_out)}")
+        return taken
 
     def _prompt(
         self,
@@ -165,6 +184,19 @@ class BabilongTask:
         hidden = hide(question.facts, size, self._background, tokens, dice)
         counts.append(hidden.tokens)
         return facts.prompt(self._task, hidden.context, question.question, bare=self._bare)
+
+
+def _that_fit(
+    questions: Sequence[Question], size: int, wanted: int, tokens: TextTokens
+) -> tuple[list[Question], int]:
+    """The first ``wanted`` whose facts are at most ``size`` tokens; how many others were met."""
+    taken: list[Question] = []
+    for met, one in enumerate(questions):
+        if len(taken) == wanted:
+            return taken, met - wanted
+        if sum(map(len, tokens.ids(one.facts))) <= size:
+            taken.append(one)
+    return taken, len(questions) - len(taken)
 
 
 def open_tasks(names: Sequence[str], options: Options) -> list[BabilongTask]:
@@ -185,7 +217,7 @@ def length(text: str) -> int:
     """
     match = re.fullmatch(r"([0-9]+)([kM]?)", text)
     if match is None:
-        raise UserError(
+        raise Misfit(
             f"{text!r} is no length",
             where="--lengths",
             fix="use tokens, thousands (4k) or millions (1M)",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit, UserError
 from titans_pretrain.evaluate.text_tokens import TextTokens
 
 SENTENCE_TOKENS = 10
@@ -53,7 +53,7 @@ class Background:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         if not paths:
-            raise UserError("no background text", where="--background", fix="name text files")
+            raise Misfit("no background text", where="--background", fix="name text files")
         self._paths = paths
         self.hashes = [_check(path) for path in paths]
         self._sizes = [path.stat().st_size for path in paths]

@@ -11,12 +11,16 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import Misfit, TitansError, UserError
 from titans_pretrain.evaluate import benchmark_files as files
 from titans_pretrain.evaluate.loaded import Loaded
-from titans_pretrain.evaluate.tasks import Options, Tell, check_positions
+from titans_pretrain.evaluate.tasks import Options, Tell
+from titans_pretrain.inference.prompts import check_positions
+
+if TYPE_CHECKING:
+    from titans_pretrain.evaluate.harness_model import HarnessModel
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def open_tasks(names: Sequence[str], options: Options) -> list["HarnessTask"]:
     _check_installed()
     length = options.max_length or options.trained_length
     if length is None:
-        raise UserError(
+        raise Misfit(
             "the model does not tell the sequence length of its training",
             where="--max-length",
             fix="give the most tokens it is to read; results depend on them",
@@ -152,6 +156,11 @@ class HarnessTask:
         """Refuse a maximal length beyond the model's positions."""
         check_positions("--max-length", self._max_length, longest)
 
+    def fit(self, model: Loaded, cell: str) -> None:
+        """Refuse a maximal length that an answer does not go into."""
+        _build(self._task, self._samples)
+        self._scorer(model).check(self._task.instances)
+
     def run(self, model: Loaded, cell: str, tell: Tell) -> dict[str, Any]:
         """lm-eval's metrics, and how many samples were cut to the maximal length.
 
@@ -159,11 +168,23 @@ class HarnessTask:
             UserError: the model's positions, or an answer, do not go with the maximal length.
             TitansError: a score is not finite.
         """
+        self.check(model.longest)
+        scorer = self._scorer(model, tell=tell)
+        return score(self._task, scorer, self._samples) | {"truncated": len(scorer.cut)}
+
+    def _scorer(self, model: Loaded, **options: Any) -> "HarnessModel":
         from titans_pretrain.evaluate.harness_model import HarnessModel
 
-        self.check(model.longest)
-        scorer = HarnessModel(model, max_length=self._max_length, batch=self._batch, tell=tell)
-        return score(self._task, scorer, self._samples) | {"truncated": len(scorer.cut)}
+        return HarnessModel(model, max_length=self._max_length, batch=self._batch, **options)
+
+
+def _build(task: Any, samples: int) -> None:
+    """Make the requests of the first samples of an lm-eval task, unless they wait already."""
+    made = getattr(task, "instances", None) or []  # a fresh task has none yet
+    if len({one.doc_id for one in made}) == samples and not any(one.resps for one in made):
+        return
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        task.build_all_requests(limit=samples, rank=0, world_size=1)
 
 
 def score(task: Any, scorer: Any, samples: int) -> dict[str, Any]:
@@ -177,8 +198,7 @@ def score(task: Any, scorer: Any, samples: int) -> dict[str, Any]:
     Raises:
         TitansError: a metric is not finite.
     """
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-        task.build_all_requests(limit=samples, rank=0, world_size=1)
+    _build(task, samples)
     by_kind = defaultdict(list)
     for request in task.instances:
         by_kind[request.request_type].extend([request] * request.repeats)

@@ -4,7 +4,7 @@ Texts become tokens, and inputs that are too long are cut, as in lm-eval's own `
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,12 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import Misfit, TitansError, UserError
 from titans_pretrain.evaluate.loaded import Loaded
 from titans_pretrain.evaluate.progress import Progress
+from titans_pretrain.inference.prefill import PIECE, continues
 from titans_pretrain.model.layers import full_precision
 
-PIECE = 4096
 _SCORED_AT_ONCE = 1024
 _MAX_NEW_TOKENS = 256  # where a task does not say
 Project = Callable[[int, int, int], Tensor]
@@ -41,7 +41,7 @@ class HarnessModel(TemplateLM):
         max_length: tokens that the model is given at most; texts are cut on the left.
         batch: rows at once.
         tell: takes lines about the progress.
-        piece: tokens that a Titans model reads at once: more are streamed through its cache.
+        piece: tokens that a model of this project reads at once; more go through its cache.
 
     Attributes:
         cut: ids of the task's documents of which an input was cut.
@@ -62,7 +62,7 @@ class HarnessModel(TemplateLM):
         self.tokenizer = model.tokenizer
         self.cut: set[int] = set()
         self._network, self._device = model.network, model.device
-        self._titans = model.network.config.model_type == "titans"
+        self._continues = continues(model.network)
         self._keeps = "logits_to_keep" in inspect.signature(model.network.forward).parameters
         self._max_length, self._batch, self._tell, self._piece = max_length, batch, tell, piece
 
@@ -150,17 +150,34 @@ class HarnessModel(TemplateLM):
                 where=f"request {number}",
                 fix="report the task and the tokenizer as a bug",
             )
-        if len(continuation) > self._max_length:
-            raise UserError(
-                f"an answer of {len(continuation)} tokens is longer than --max-length "
-                f"{self._max_length}",
-                where="--max-length",
-                fix=f"use at least {len(continuation)}",
-            )
+        self._check_answer(len(continuation))
         tokens = [*context, *continuation]
         if len(tokens) > self._max_length + 1 and self._documents:
             self.cut.add(self._documents[number])
         return tuple(tokens[-(self._max_length + 1) : -1])
+
+    def check(self, requests: Iterable[Instance]) -> None:
+        """Refuse answers that are longer than the maximal length.
+
+        Raises:
+            Misfit: names the longest.
+        """
+        longest = 0
+        for request in requests:
+            if request.request_type == "loglikelihood":
+                context, answer = request.args
+                if len(answer.encode()) >= self._max_length:  # others have fewer tokens
+                    _, tokens = self._encode_pair(context, answer)
+                    longest = max(longest, len(tokens))
+        self._check_answer(longest)
+
+    def _check_answer(self, tokens: int) -> None:
+        if tokens > self._max_length:
+            raise Misfit(
+                f"an answer of {tokens} tokens is longer than --max-length {self._max_length}",
+                where="--max-length",
+                fix=f"use at least {tokens}",
+            )
 
     @torch.inference_mode()
     def _score(
@@ -193,7 +210,7 @@ class HarnessModel(TemplateLM):
     def _pieces(self, tokens: Tensor, first: int) -> Iterator[tuple[int, int, Project]]:
         """(start, stop, logits of a row's columns) of consecutive parts, all from ``first`` on."""
         length = tokens.shape[1]
-        if not self._titans:
+        if not self._continues:
             options = {"logits_to_keep": length - first} if self._keeps else {}
             start = first if self._keeps else 0
             logits = self._network(tokens, use_cache=False, **options).logits
@@ -241,7 +258,7 @@ class HarnessModel(TemplateLM):
         new = options.pop("max_gen_toks")
         room = self._max_length - new
         if room <= 0:
-            raise UserError(
+            raise Misfit(
                 f"a task adds up to {new} tokens, and --max-length is {self._max_length}",
                 where="--max-length",
                 fix=f"use more than {new}",
@@ -261,7 +278,7 @@ class HarnessModel(TemplateLM):
                 pad_token_id=self._pad,
                 use_cache=True,
                 **_sampling(options),
-                **({"prefill_chunk_size": self._piece} if self._titans else {}),
+                **({"prefill_chunk_size": self._piece} if self._continues else {}),
             )
         texts = [
             self.tokenizer.decode(row, skip_special_tokens=True) for row in out[:, width:].tolist()

@@ -1,21 +1,25 @@
 """A model that is ready to be evaluated."""
 
-import functools
 import hashlib
+import importlib.util
 import json
 import math
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from titans_pretrain.baselines import foreign
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import TitansError
-from titans_pretrain.files import sha256_file
-from titans_pretrain.inference import generate
+from titans_pretrain.files import sha256_cached, sha256_file
+from titans_pretrain.inference import generate, prompts
+from titans_pretrain.inference.prefill import OWN
 
 _LARGEST_HEADER = 10**8  # bytes, as safetensors has it
 _DECIDE = {".safetensors", ".json", ".py", ".model", ".txt"}  # weights, settings, code, tokenizer
 _POSITIONS = ("max_position_embeddings", "n_positions")
+_OWN_CODE = "titans_pretrain.model"
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -43,8 +47,7 @@ class Loaded:
     @property
     def longest(self) -> int | None:
         """Tokens that the model's positions allow; None where nothing bounds them."""
-        longest: int | None = getattr(self.network.config, "max_position_embeddings", None)
-        return longest
+        return prompts.positions(self.network)
 
 
 def load(
@@ -68,7 +71,7 @@ def load(
     disable_progress_bar()
     set_verbosity_error()
     place = generate.choose_device(device)
-    network, tokenizer = generate.load(directory, trust_remote_code=trust_remote_code)
+    network, tokenizer = generate.load(directory, trust_remote_code=trust_remote_code, device=place)
     network.to(place)
     return Loaded(directory, network, tokenizer, place)
 
@@ -103,16 +106,48 @@ def fingerprint(directory: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(directory.iterdir()):
         if path.suffix in _DECIDE and path.is_file():
-            told = path.stat()
-            contents = _sha256(path, told.st_size, told.st_mtime_ns)
-            digest.update(f"{path.name} {contents}\n".encode())
+            digest.update(f"{path.name} {sha256_cached(path)}\n".encode())
     return digest.hexdigest()
 
 
-@functools.cache
-def _sha256(path: Path, size: int, written: int) -> str:
-    """The hash of a file of that size and time, read once."""
-    return sha256_file(path)
+def code(directory: Path) -> str:
+    """Tells the code that runs a model: that of the class its export names, or its ``model_type``.
+
+    Raises:
+        UserError: the directory holds no model.
+        TitansError: its manifest is damaged.
+    """
+    named = facts(directory).get("training", {}).get(foreign.KEY)
+    return code_of(str(named or generate.settings(directory).get("model_type")))
+
+
+def code_of(kind: str) -> str:
+    """Tells code that runs models of a kind, a ``model_type`` or a value of ``model.hf``.
+
+    Returns:
+        The sha256 of our modules, or of those of another installed package; else the version of
+        transformers.
+    """
+    if kind in OWN:
+        return _sha256_of_modules(_OWN_CODE)
+    if package := foreign.package(kind):
+        return _sha256_of_modules(package)
+    return f"transformers {metadata.version('transformers')}"
+
+
+def _sha256_of_modules(package: str) -> str:
+    """Of the Python files of an installed package, whatever is compiled; it is not imported."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return "not installed"
+    roots = [Path(root) for root in spec.submodule_search_locations or ()]
+    files = [(path.relative_to(root), path) for root in roots for path in root.rglob("*.py")]
+    if not roots and spec.origin is not None:
+        files = [(Path(package), Path(spec.origin))]
+    digest = hashlib.sha256()
+    for name, path in sorted(files):
+        digest.update(f"{name.as_posix()} {sha256_cached(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def positions(directory: Path) -> int | None:

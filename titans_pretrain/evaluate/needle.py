@@ -12,16 +12,17 @@ from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit
 from titans_pretrain.evaluate import needle_text, needle_words
 from titans_pretrain.evaluate.answering import greedy
 from titans_pretrain.evaluate.babilong import length
 from titans_pretrain.evaluate.loaded import Loaded
 from titans_pretrain.evaluate.needle_text import KINDS, largest
 from titans_pretrain.evaluate.progress import Progress
-from titans_pretrain.evaluate.tasks import Options, check_positions
+from titans_pretrain.evaluate.tasks import Options
 from titans_pretrain.evaluate.text_tokens import whole_ids
 from titans_pretrain.files import sha256_file
+from titans_pretrain.inference.prompts import check_positions
 
 LENGTHS = ("2048", "4096", "8192", "16384")
 SAMPLES = 500
@@ -69,6 +70,10 @@ class NeedleTask:
         for tokens in self._lengths.values():
             check_positions("--lengths", tokens, longest)
 
+    def fit(self, model: Loaded, cell: str) -> None:
+        """Refuse a length that holds no haystack."""
+        next(self._prompts(cell, lambda text: len(whole_ids(model.tokenizer, text))))
+
     def run(self, model: Loaded, cell: str, tell: Callable[[str], None]) -> dict[str, Any]:
         """Share of answers that hold the value, in any case of letters, at a length.
 
@@ -115,7 +120,7 @@ class NeedleTask:
             while size and count(make(size)) > room:
                 size -= 1
             if not size:
-                raise UserError(
+                raise Misfit(
                     f"{cell} tokens, of which {NEW_TOKENS} are for the answer, hold no haystack",
                     where="--lengths",
                     fix=f"use at least {count(make(1)) + NEW_TOKENS}",
@@ -140,5 +145,5 @@ def open_tasks(names: Sequence[str], options: Options) -> list[NeedleTask]:
         UserError: essays that are missing, cannot be read or are not wanted, or an unknown length.
     """
     if options.essays and all(KINDS[name].haystack == "noise" for name in names):
-        raise UserError(f"{', '.join(names)} reads no essays", where="--essays", fix="leave it out")
+        raise Misfit(f"{', '.join(names)} reads no essays", where="--essays", fix="leave it out")
     return [NeedleTask(name, options) for name in names]

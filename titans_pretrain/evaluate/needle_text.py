@@ -18,12 +18,13 @@ from titans_pretrain.evaluate import needle_words
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {values} for {key} is: {value}."
+BEGINNING = " The special magic {value} for {key} mentioned in the provided text is"
 TEMPLATE = (
     "A special magic {value} is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the {value} afterwards.\n{context}\n"
-    "What is the special magic {value} for {key} mentioned in the provided text?"
-    " The special magic {value} for {key} mentioned in the provided text is"
+    "What is the special magic {value} for {key} mentioned in the provided text?" + BEGINNING
 )
+BARE = "{context}\n" + BEGINNING
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]])\s+")
 
@@ -73,17 +74,23 @@ class Haystack:
     Args:
         kind: of the samples.
         essay: words of the essays, empty for noise.
+        template: what a prompt says around the haystack.
     """
 
-    def __init__(self, kind: Kind, essay: Sequence[str] = ()) -> None:
+    def __init__(self, kind: Kind, essay: Sequence[str] = (), template: str = TEMPLATE) -> None:
         self.kind = kind
+        self.template = template
+        self.in_lines = kind.haystack == "noise" and template == TEMPLATE
         self._essay = essay
         self._size, self._parts = -1, [""]
 
     def parts(self, size: int) -> list[str]:
-        """``size`` lines of noise, or the sentences of the essays' first ``size`` words."""
-        if self.kind.haystack == "noise":
+        """``size`` lines of noise (words of it if bare), or sentences of so many words of essay."""
+        if self.in_lines:
             return [NOISE] * size
+        if self.kind.haystack == "noise":
+            words = NOISE.split()
+            return (words * -(-size // len(words)))[:size]
         if size != self._size:
             words = list(self._essay) * -(-size // len(self._essay))
             self._size, self._parts = size, SENTENCE_END.split(" ".join(words[:size]).strip())
@@ -94,7 +101,7 @@ class Haystack:
         parts = self.parts(size)
         sentence = NEEDLE.format(values=self.kind.values, key=needle.key, value=needle.value)
         at = int(len(parts) * needle.place)
-        separator = "\n" if self.kind.haystack == "noise" else " "
+        separator = "\n" if self.in_lines else " "
         return separator.join([*parts[:at], sentence, *parts[at:]]) + more
 
 
@@ -114,19 +121,20 @@ def draw(rng: random.Random, kind: Kind, side: Side) -> Needle:
 
 def prompt(haystack: Haystack, size: int, needle: Needle, more: str = "") -> str:
     """The text up to where the answer begins, which is `` `` and the value."""
-    return TEMPLATE.format(
+    return haystack.template.format(
         value=haystack.kind.values.removesuffix("s"),
         key=needle.key,
         context=haystack.around(size, needle, more),
     )
 
 
-def haystack(kind: str, essays: Sequence[Path]) -> Haystack:
+def haystack(kind: str, essays: Sequence[Path], template: str = TEMPLATE) -> Haystack:
     """The haystack of a kind.
 
     Args:
         kind: one of ``KINDS``.
         essays: UTF-8 text files, read in this order; only for kinds that hide needles in essays.
+        template: ``TEMPLATE``, which is RULER's, or ``BARE``.
 
     Raises:
         UserError: essays are missing, not wanted, cannot be read, or hold no words.
@@ -135,13 +143,13 @@ def haystack(kind: str, essays: Sequence[Path]) -> Haystack:
     if chosen.haystack == "noise":
         if essays:
             raise UserError(f"{kind} reads no essays", where="--essays", fix="leave it out")
-        return Haystack(chosen)
+        return Haystack(chosen, template=template)
     if not essays:
         raise UserError(f"{kind} hides needles in essays", where="--essays", fix="name text files")
     words = [word for path in essays for word in _read(path).split()]
     if not words:
         raise UserError("no words", where=f"--essays {essays[0]}", fix="give files with text")
-    return Haystack(chosen, words)
+    return Haystack(chosen, words, template)
 
 
 def largest(fits: Callable[[int], bool], start: int) -> int:

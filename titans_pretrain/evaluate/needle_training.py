@@ -84,6 +84,7 @@ def _save(
     tell: Callable[[str], None],
 ) -> None:
     progress = Progress("documents", samples, tell)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with files.atomic_file(output, "w") as lines:
         for number, (prompt, answer) in enumerate(made):
             row = {"id": f"needle-{name}-{number}", "prompt": prompt, "answer": answer}
@@ -93,7 +94,8 @@ def _save(
 
 def _name(haystack: Haystack, size: str, seed: int) -> str:
     """Tells samples of a kind, a size and a seed from all others."""
-    return f"{haystack.kind.haystack}-{haystack.kind.values}-{size}-{seed}"
+    bare = "bare-" * (haystack.template == needle_text.BARE)
+    return f"{bare}{haystack.kind.haystack}-{haystack.kind.values}-{size}-{seed}"
 
 
 def _draw(haystack: Haystack, size: str, seed: int, index: int) -> Needle:
@@ -124,8 +126,7 @@ class _Document:
     def __init__(self, haystack: Haystack, needle: Needle, count: Count) -> None:
         self.answer = f" {needle.value}"
         self._haystack, self._needle, self._count = haystack, needle, count
-        noise = haystack.kind.haystack == "noise"
-        self._line = needle_text.NOISE.split() if noise else []
+        self._line = needle_text.NOISE.split() if haystack.in_lines else []
 
     def prompt(self, size: int, words: int = 0, ends: int = 0) -> str:
         more = "\n" * bool(words) + " ".join(self._line[:words]) + "\n" * ends

@@ -4,7 +4,6 @@ What an interrupted call has finished is taken by the next one. No torch until t
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import re
@@ -14,15 +13,20 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from titans_pretrain import config as run_config
+from titans_pretrain.baselines import foreign
 from titans_pretrain.checkpoint import evaluations
 from titans_pretrain.config import RunConfig
-from titans_pretrain.errors import TitansError, UserError, nearest
-from titans_pretrain.evaluate import options
+from titans_pretrain.errors import Misfit, TitansError, UserError, nearest
+from titans_pretrain.evaluate import loaded, options
 from titans_pretrain.evaluate import tasks as task_names
 from titans_pretrain.evaluate.tasks import Options, Task
-from titans_pretrain.files import read_json
+from titans_pretrain.files import held, read_json
 
 HELD_OUT = "heldout"
+
+
+class UnderWay(UserError):
+    """Another process evaluates the checkpoint; its result will count."""
 
 
 def evaluate(
@@ -31,7 +35,8 @@ def evaluate(
     """Evaluate a checkpoint of a run; ``RUN/evaluations/step-N.json`` holds the result.
 
     Where the same evaluation of the same checkpoint, on the same data, is there already, nothing
-    is done. A bad configuration is put down, too: another try would end alike.
+    is done. Where the configuration is the run's own, why there is no result is put down, too, and
+    that there will be none if another try would end alike.
 
     Args:
         checkpoint: ``RUN/checkpoints/step-N``.
@@ -39,20 +44,29 @@ def evaluate(
         device: ``cpu``, ``cuda``, …; ``auto`` takes a GPU if there is one.
 
     Raises:
-        UserError: no such checkpoint; another process evaluates it; or the configuration, or its
-            data, does not fit or cannot be reached.
+        UnderWay: another process evaluates it.
+        Misfit: the configuration does not fit.
+        UserError: no such checkpoint, or data does not fit or cannot be reached.
         TitansError: the checkpoint is damaged, gave way meanwhile, or a task failed.
     """
     checkpoint = checkpoint.absolute()
     run, step = _place(checkpoint)
     identity = evaluations.identity(checkpoint)
     try:
-        chosen = check(config)
-    except UserError as error:
-        if not _has_result(evaluations.of_step(run, step), identity):
-            evaluations.fail(run, step, identity, _line(error))
+        return _evaluation(checkpoint, identity, config, device)
+    except Exception as error:
+        if _is_the_runs(config, checkpoint):
+            with contextlib.suppress(OSError):
+                _put_down(run, step, identity, error)
         raise
-    tasks = _opened(config, chosen)
+
+
+def _evaluation(
+    checkpoint: Path, identity: str, config: RunConfig, device: str
+) -> evaluations.Evaluation:
+    """The evaluation that is there already, or a new one."""
+    run, step = _place(checkpoint)
+    tasks = _opened(config, check(config))
     settings = {**asked(config), **_contents(config, tasks)}
     if done := _done(run, step, identity, settings):
         return done
@@ -66,8 +80,28 @@ def evaluate(
             evaluations.write(run, step, identity, **told)
             done = evaluations.of_step(run, step)
         shutil.rmtree(place, ignore_errors=True)
+    evaluations.tidy(run)
     assert done is not None
     return done
+
+
+def _is_the_runs(config: RunConfig, checkpoint: Path) -> bool:
+    """Whether the run's own jobs would evaluate a checkpoint on the same."""
+    with contextlib.suppress(TitansError, OSError):
+        return asked(load(configuration(checkpoint))) == asked(config)
+    return False
+
+
+def _put_down(run: Path, step: int, identity: str, error: Exception) -> None:
+    """Keep why an evaluation, asked for by the run's own configuration, has no result."""
+    if _has_result(evaluations.of_step(run, step), identity):
+        return
+    if isinstance(error, UnderWay):
+        evaluations.gave_way(run, step, identity)
+    elif isinstance(error, Misfit):
+        evaluations.fail(run, step, identity, _line(error))
+    else:
+        evaluations.stopped(run, step, identity, _line(error))
 
 
 def asked(config: RunConfig) -> dict[str, Any]:
@@ -110,11 +144,11 @@ def check(config: RunConfig) -> Options:
     """The options of a run's tasks, its tasks known; no data is looked at.
 
     Raises:
-        UserError: a task is not known, or an option is none.
+        Misfit: a task is not known, or an option is none.
     """
     for name in config.pipeline.eval.tasks:
         if name not in task_names.known():
-            raise UserError(
+            raise Misfit(
                 f"pipeline.eval.tasks: {name!r} is no task",
                 where="pipeline.eval.tasks",
                 fix=nearest(name, task_names.known()),
@@ -148,10 +182,11 @@ def _opened(config: RunConfig, chosen: Options) -> list[Task]:
 
 
 def _contents(config: RunConfig, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Tells the data that lies at the places the configuration names from others."""
+    """Tells the data at the places the configuration names, and the model's code, from others."""
     fingerprint = None if config.data.manifest is None else _fingerprint(config.data.manifest)
     return {
         "fingerprint": fingerprint,
+        "code": loaded.code_of(str(config.model.get(foreign.KEY, "titans"))),
         "identities": {task.name: _digest(task.identity()) for task in tasks},
     }
 
@@ -191,7 +226,9 @@ def _is_there(checkpoint: Path, identity: str) -> bool:
     return False
 
 
-def _line(error: TitansError) -> str:
+def _line(error: Exception) -> str:
+    if not isinstance(error, TitansError):
+        return f"{type(error).__name__}: {error}"
     return "; ".join(part for part in (error.what, error.where, error.fix) if part)
 
 
@@ -204,18 +241,18 @@ def _scored(
     device: str,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What held-out data and tasks tell, by name; of a failure, what had been found is kept."""
+    """What held-out data and tasks tell, by name; what is found is kept as it comes."""
     results: dict[str, Any] = {}
 
-    def keep(why: str = "") -> None:
+    def keep() -> None:
         metrics = dict(flat(results))
-        evaluations.keep(place, metrics=metrics, settings=settings, results=results, why=why)
+        evaluations.keep(place, metrics=metrics, settings=settings, results=results)
 
     try:
         _score(checkpoint, place, config, tasks, device, results, keep)
-    except TitansError as error:
+    except TitansError:
         if _is_there(checkpoint, identity):
-            keep(_line(error))
+            keep()
             raise
     if not _is_there(checkpoint, identity):
         shutil.rmtree(place, ignore_errors=True)
@@ -236,14 +273,15 @@ def _score(
     results: dict[str, Any],
     keep: Callable[[], None],
 ) -> None:
-    """Put what held-out data and tasks tell into ``results``, part by part."""
-    model = place / "model"
+    """Put what held-out data and tasks tell into ``results``, and keep it, part by part."""
+    model = place / evaluations.MODEL
     _export(checkpoint, model, config.pipeline.export.dtype)
     if config.data.manifest is not None:
         results[HELD_OUT] = _held_out(model, place / HELD_OUT, config, device)
+        keep()
     if not tasks:
         return
-    from titans_pretrain.evaluate import loaded, suite
+    from titans_pretrain.evaluate import suite
 
     asked_cells = {suite.label(task.name, cell) for task in tasks for cell in task.cells()}
 
@@ -256,13 +294,10 @@ def _score(
             told = (row.get("format"), row.get("model"), name in asked_cells)
             if told == (suite.FORMAT, fingerprint, True):
                 results[name] = row["result"]
+        keep()
 
     collect()
-    keep()
-    try:
-        suite.evaluate(model, place / "tasks", tasks, device=device)
-    finally:
-        collect()
+    suite.evaluate(model, place / "tasks", tasks, device=device, finished=collect)
 
 
 def _export(checkpoint: Path, model: Path, dtype: str) -> None:
@@ -294,18 +329,14 @@ def _alone(place: Path) -> Iterator[None]:
     """Let one process at a time evaluate a checkpoint.
 
     Raises:
-        UserError: another one does.
+        UnderWay: another one does.
     """
     place.mkdir(parents=True, exist_ok=True)
-    with open(place / ".lock", "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
+    with held(place / evaluations.LOCK) as free:
+        if not free:
+            raise UnderWay(
                 "another process evaluates this checkpoint",
                 where=str(place),
                 fix="wait until it has ended",
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+            )
         yield

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from titans_pretrain.cli_types import natural, positive
 from titans_pretrain.config import RunConfig
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit, UserError
 from titans_pretrain.evaluate import tasks
 from titans_pretrain.evaluate.tasks import Options
 
@@ -68,7 +68,7 @@ def of_run(config: RunConfig) -> Options:
     """What ``pipeline.eval`` tells the tasks; no data is looked at.
 
     Raises:
-        UserError: an unknown option, one that none of the tasks reads, or a bad value.
+        Misfit: an unknown option, one that none of the tasks reads, or a bad value.
     """
     chosen = config.pipeline.eval
     parser = _Parser(add_help=False, allow_abbrev=False)
@@ -80,7 +80,7 @@ def of_run(config: RunConfig) -> Options:
         if chosen.tasks:
             tasks.check(",".join(chosen.tasks), found)
     except UserError as error:
-        raise UserError(f"{_KEY}: {error.what}", where=_KEY, fix=error.fix) from None
+        raise Misfit(f"{_KEY}: {error.what}", where=_KEY, fix=error.fix) from None
     return found
 
 
@@ -111,7 +111,7 @@ class _Parser(argparse.ArgumentParser):
     """The options that a configuration gives."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(
+        raise Misfit(
             f"{_KEY}: {message}", where=_KEY, fix="titans eval --help lists the options of tasks"
         )
 

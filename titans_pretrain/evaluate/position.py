@@ -4,18 +4,19 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import Misfit, TitansError
 from titans_pretrain.evaluate.babilong import length as token_count
 from titans_pretrain.evaluate.loaded import Loaded
 from titans_pretrain.evaluate.position_text import HeldOut, Source, TextFiles
 from titans_pretrain.evaluate.progress import Progress
-from titans_pretrain.evaluate.tasks import Options, check_positions
+from titans_pretrain.evaluate.tasks import Options
+from titans_pretrain.inference.prefill import PIECE
+from titans_pretrain.inference.prompts import check_positions
 
 NAME = "position"
 DEFINITION = 1  # of what the numbers mean; another one makes earlier results others
 LENGTHS = ("131072",)
 SAMPLES = 10
-PIECE = 4096
 _LARGEST_EXPONENT = 700.0  # of which a float holds the power
 
 
@@ -37,7 +38,7 @@ class PositionTask:
         self._samples = SAMPLES if options.samples is None else options.samples
         self._lengths = {text: token_count(text) for text in options.lengths or LENGTHS}
         if 0 in self._lengths.values():
-            raise UserError("a length of no tokens", where="--lengths", fix="use 1 or more")
+            raise Misfit("a length of no tokens", where="--lengths", fix="use 1 or more")
 
     def identity(self) -> dict[str, Any]:
         """Everything but model and length that decides the result."""
@@ -94,7 +95,7 @@ def open_tasks(names: Sequence[str], options: Options) -> list[PositionTask]:
         UserError: neither or both, or data that cannot be read.
     """
     if options.text and options.data is not None:
-        raise UserError(
+        raise Misfit(
             "the documents are given twice, as text and as prepared data",
             where="--data",
             fix="leave out one of --text and --data",
@@ -102,7 +103,7 @@ def open_tasks(names: Sequence[str], options: Options) -> list[PositionTask]:
     if options.text:
         return [PositionTask(TextFiles(options.text), options) for _ in names]
     if options.data is None:
-        raise UserError(
+        raise Misfit(
             "no long documents",
             where="--tasks position",
             fix="name text files with --text, or prepared data with --data",
@@ -121,8 +122,9 @@ def buckets(length: int) -> list[int]:
 def token_losses(network: Any, tokens: Any, piece: int) -> Iterator[tuple[int, Any]]:
     """Cross-entropy of every next token, in nats, a piece of the text at a time.
 
-    What was read before a piece is in the network's cache, so a Titans model's memory use does not
-    depend on the length. A network that keeps no cache to go on from reads all at once.
+    What was read before a piece is in the network's cache, so the memory use of a Titans model or a
+    baseline of ours does not depend on the length. A network that keeps no cache to go on from
+    reads all at once.
 
     Args:
         network: a causal language model, evaluating.
@@ -138,13 +140,12 @@ def token_losses(network: Any, tokens: Any, piece: int) -> Iterator[tuple[int, A
     from titans_pretrain.model.layers import full_precision
 
     inputs, targets = tokens[None, :-1], tokens[1:]
-    cache, first, keeps = None, 0, _keeps_cache(network)
-    piece = piece if keeps else len(targets)
+    cache, first = None, 0
     while first < len(targets):
         part = slice(first, first + piece)
         with torch.inference_mode():
             known: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-            out = network(inputs[:, part].to(network.device), use_cache=keeps, **known)
+            out = network(inputs[:, part].to(network.device), use_cache=True, **known)
             cache = getattr(out, "past_key_values", None)
             if cache is None and first + piece < len(targets):
                 piece = len(targets)
@@ -153,12 +154,6 @@ def token_losses(network: Any, tokens: Any, piece: int) -> Iterator[tuple[int, A
             losses = functional.cross_entropy(full_precision(out.logits[0]), aims, reduction="none")
         yield first, losses.float().cpu()
         first += piece
-
-
-def _keeps_cache(network: Any) -> bool:
-    """Whether a network may be asked for a cache; the own baselines refuse that."""
-    config = getattr(network, "config", None)
-    return getattr(config, "model_type", None) != "titans_baseline"
 
 
 class _Curve:
@@ -217,9 +212,7 @@ class _Curve:
                 }
             )
         if not rows:
-            raise UserError(
-                "no target counts: all are masked", where="--data", fix="give other data"
-            )
+            raise Misfit("no target counts: all are masked", where="--data", fix="give other data")
         loss = sums.sum().item() / int(counts.sum())
         whole = {"loss": loss, "perplexity": _perplexity(loss), "tokens": int(counts.sum())}
         return {**whole, "curve": rows}

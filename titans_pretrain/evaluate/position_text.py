@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit, UserError
 from titans_pretrain.evaluate import heldout
 from titans_pretrain.evaluate.loaded import Loaded
 from titans_pretrain.evaluate.text_tokens import whole_ids
@@ -88,7 +88,7 @@ class TextFiles:
             elif end is not None:
                 waiting.append(end)
         if not found:
-            raise UserError(
+            raise Misfit(
                 f"the text files hold {total} tokens, no document of {length + 1}",
                 where="--text",
                 fix="give more or longer files, or smaller --lengths",
@@ -119,7 +119,7 @@ class HeldOut:
         facts = heldout.training_facts(model.directory)
         source = self._corpus.sources[0]
         if not source.held_out_share and "validation_fraction" not in facts:
-            raise UserError(
+            raise Misfit(
                 "the model does not tell which share of the data its training left out",
                 where=f"--data {source.place}",
                 fix="give data prepared with --held-out, or text files with --text",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from titans_pretrain.evaluate import paper
+from titans_pretrain.evaluate.report_tables import tokens
 from titans_pretrain.files import atomic_file
 
 _OURS = {"linewidth": 2, "marker": "o", "markersize": 5}
@@ -14,7 +15,7 @@ Panel = Callable[[Any], None]
 
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Draw what ``report.compare`` found: a panel each for Table 1, each needle and BABILong."""
+    """Draw what ``report_tables.compare`` found: panels for Table 1, each needle and BABILong."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -110,8 +111,6 @@ def _lengths(
     ours: Sequence[Mapping[str, Any]],
 ) -> None:
     """Accuracies against the length, evenly spaced."""
-    from titans_pretrain.evaluate.report import tokens
-
     every = sorted({*lengths, *(at for one in ours for at in one["cells"])}, key=tokens)
     for model, values in rows.items():
         known = dict(zip(lengths, values, strict=False))
@@ -128,7 +127,10 @@ def _lengths(
 
 
 def _curves(axes: Any, curves: Sequence[Mapping[str, Any]]) -> None:
-    """Losses against the position, each bucket at its middle on the logarithmic axis."""
+    """Losses against the position, each bucket at its middle on the logarithmic axis.
+
+    The ticks on the right are their perplexities.
+    """
     for one in curves:
         places = [math.sqrt(max(part["from"], 1) * part["to"]) for part in one["curve"]]
         losses = [part["loss"] for part in one["curve"]]
@@ -136,6 +138,16 @@ def _curves(axes: Any, curves: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xscale("log", base=2)
     axes.set(xlabel="position (tokens)", ylabel="loss (nats per token)")
     axes.set_title("Loss against position", loc="left", fontsize=9)
+    right = axes.secondary_yaxis("right")
+    right.set_ylabel("perplexity")
+    right.yaxis.set_major_formatter(lambda loss, _: _perplexity(loss))
+
+
+def _perplexity(loss: float) -> str:
+    try:
+        return f"{math.exp(loss):.4g}"
+    except OverflowError:
+        return ""
 
 
 def _others(axes: Any, results: Sequence[Mapping[str, Any]]) -> None:
@@ -148,3 +160,4 @@ def _others(axes: Any, results: Sequence[Mapping[str, Any]]) -> None:
     axes.plot(names, [value for _, value in firsts], "kD", label="this model")
     axes.tick_params(axis="x", rotation=30)
     axes.set(ylabel=", ".join(sorted({metric for metric, _ in firsts})))
+    axes.set_title("" if results else "No result", loc="left", fontsize=9)

@@ -3,17 +3,20 @@
 No torch until a task runs.
 """
 
+import contextlib
+import gc
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain.errors import TitansError
+from titans_pretrain.errors import Misfit, TitansError
 from titans_pretrain.evaluate import loaded, report
-from titans_pretrain.evaluate.tasks import Task
+from titans_pretrain.evaluate.tasks import Fitted, Task
 from titans_pretrain.files import read_json, remove_abandoned, write_json
 
 CELLS = "cells"
@@ -29,12 +32,14 @@ def evaluate(
     device: str = "auto",
     trust_remote_code: bool = False,
     paper_size: str | None = None,
+    finished: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model; write ``OUT/cells`` as they come, then report.json, report.md, report.png.
 
-    A cell that an earlier call wrote is taken as it is, if its task's identity and the model are
-    the same; those of others stay beside it. One that fails is told, and the rest goes on. The
-    report is of all cells of this model that ``OUT`` holds, and names those that failed.
+    A cell that an earlier call wrote is taken as it is, if its task's identity, the model and the
+    code that runs it are the same; those of others stay beside it. One that fails, whatever the
+    reason, is told, and the rest goes on. The report is of all cells of this model that ``OUT``
+    holds, and names those that failed.
 
     Args:
         model: what ``titans export`` wrote, or another causal language model.
@@ -43,19 +48,20 @@ def evaluate(
         device: ``cpu``, ``cuda``, …; ``auto`` takes a GPU if there is one.
         trust_remote_code: run the Python files of a model of another kind.
         paper_size: of the paper's models beside it; None takes the nearest.
+        finished: called after each cell that was written.
 
     Returns:
         What ``report.json`` holds.
 
     Raises:
-        UserError: model and tasks do not go together.
-        TitansError: a cell failed, the first of them is raised after the rest; or a result cannot
-            be written. Finished cells stay.
+        Misfit: model and tasks do not go together; nothing was run.
+        TitansError: a cell failed, the first of them is raised after the rest, one that another
+            try may mend before a ``Misfit``; or a result cannot be written. Finished cells stay.
     """
     longest = loaded.positions(model)
     for task in tasks:
         task.check(longest)
-    wanted = _wanted(tasks, loaded.fingerprint(model))
+    wanted = _wanted(tasks, loaded.fingerprint(model), loaded.code(model))
     cells = out / CELLS
     cells.mkdir(parents=True, exist_ok=True)
     remove_abandoned(cells, "*")
@@ -69,6 +75,7 @@ def evaluate(
     network = None
     if missing:
         network = loaded.load(model, device=device, trust_remote_code=trust_remote_code)
+        _fit(missing, network)
     failures: list[TitansError] = []
     found = {}
     try:
@@ -77,15 +84,18 @@ def evaluate(
                 row = _run(cell, network, f"[{number}/{len(missing)}] {cell.name}")
             except TitansError as error:
                 _tell(f"not done: {error.what}")
-                failures.append(error)
+                failures.append(error.with_traceback(None))
                 continue
             write_json(cells / cell.file, row)
+            if finished is not None:
+                finished()
     finally:
-        if rows := _rows(cells, loaded.fingerprint(model), wanted):
+        rows = _rows(cells, loaded.fingerprint(model), wanted)
+        if rows or failures:
             failed = [error.what for error in failures]
             found = report.write(model, out, rows, failed=failed, paper_size=paper_size)
     if failures:
-        raise failures[0]
+        raise min(failures, key=lambda error: isinstance(error, Misfit))  # others may go well
     return found
 
 
@@ -125,12 +135,25 @@ class _Cell:
         return any(self.is_of(read_json(cells / name) or {}) for name in names)
 
 
-def _wanted(tasks: Sequence[Task], model: str) -> list[_Cell]:
+def _wanted(tasks: Sequence[Task], model: str, code: str) -> list[_Cell]:
     wanted = []
     for task in tasks:
-        identity: dict[str, Any] = json.loads(json.dumps(task.identity()))  # as it is read back
+        depends = task.identity() | {"code": code}
+        identity: dict[str, Any] = json.loads(json.dumps(depends))  # as it is read back
         wanted += [_Cell(task, cell, identity, model) for cell in task.cells()]
     return wanted
+
+
+def _fit(cells: Sequence[_Cell], network: loaded.Loaded) -> None:
+    """Refuse what does not go with the model's tokenizer, of all cells, before any is run."""
+    for cell in cells:
+        if isinstance(cell.task, Fitted):
+            try:
+                cell.task.fit(network, cell.cell)
+            except Exception as error:
+                if isinstance(error, TitansError):
+                    raise _failure(cell, network, error) from None
+                # of anything else the cell's own run tells, and the others go on
 
 
 def _rows(cells: Path, fingerprint: str, wanted: Sequence[_Cell]) -> list[dict[str, Any]]:
@@ -171,17 +194,37 @@ def _result(cell: _Cell, network: loaded.Loaded, title: str) -> dict[str, Any]:
     _tell(title)
     try:
         return cell.task.run(network, cell.cell, tell)
-    except TitansError as error:
-        what = f"{cell.name}: {error.what}"
-        raise type(error)(what, where=error.where, fix=error.fix) from None
-    except (RuntimeError, MemoryError) as error:
-        if not loaded.out_of_memory(error):
-            raise
-        raise TitansError(
+    except Exception as error:
+        failure = _failure(cell, network, error)
+    _free_memory()
+    raise failure  # with no context, whose frames would hold the cell's tensors
+
+
+def _failure(cell: _Cell, network: loaded.Loaded, error: Exception) -> TitansError:
+    """Why a cell has no result; what nobody foresaw is shown whole."""
+    if isinstance(error, TitansError):
+        return type(error)(f"{cell.name}: {error.what}", where=error.where, fix=error.fix)
+    if isinstance(error, RuntimeError | MemoryError) and loaded.out_of_memory(error):
+        return TitansError(
             f"{cell.name} does not fit in memory",
             where=str(network.device),
             fix="use fewer rows at once (--batch), shorter inputs, or a device with more memory",
-        ) from None
+        )
+    traceback.print_exception(error)
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return TitansError(
+        f"{cell.name}: {type(error).__name__}: {error}".splitlines()[0].rstrip(": "),
+        where=f"{innermost.filename}:{innermost.lineno}",
+        fix="report this as a bug",
+    )
+
+
+def _free_memory() -> None:
+    """Give back what a failed cell held."""
+    gc.collect()
+    if torch := sys.modules.get("torch"):
+        with contextlib.suppress(RuntimeError):  # of a broken device, of which the next cell tells
+            torch.cuda.empty_cache()
 
 
 def _tell(line: str) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from titans_pretrain.errors import UserError, nearest
+from titans_pretrain.errors import Misfit, nearest
 from titans_pretrain.evaluate.loaded import Loaded
 
 Tell = Callable[[str], None]
@@ -29,7 +29,7 @@ class Task(Protocol):
         """Refuse what a model of so many positions cannot do; None where nothing bounds them.
 
         Raises:
-            UserError: an option asks for more.
+            Misfit: an option asks for more.
         """
 
     def run(self, model: Loaded, cell: str, tell: Tell) -> dict[str, Any]:
@@ -39,6 +39,18 @@ class Task(Protocol):
             model: what is scored.
             cell: one of ``cells()``.
             tell: takes a line about the progress within the part.
+        """
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A task some of whose lengths may not fit, which only a tokenizer tells."""
+
+    def fit(self, model: Loaded, cell: str) -> None:
+        """Refuse a part that cannot be run, before any is.
+
+        Raises:
+            Misfit: prompts or answers need other lengths.
         """
 
 
@@ -143,7 +155,7 @@ def parse(text: str, options: Options) -> list[Task]:
 
     Raises:
         UserError: an unknown name, an option that none of the tasks takes, or data that cannot be
-            reached or read.
+            reached or read; all but the last is a ``Misfit``.
     """
     names, chosen = _chosen(text, options)
     opened = {
@@ -156,7 +168,7 @@ def check(text: str, options: Options) -> None:
     """Refuse names and options as ``parse`` does, without a look at any data.
 
     Raises:
-        UserError: an unknown name, or an option that none of the tasks takes.
+        Misfit: an unknown name, or an option that none of the tasks takes.
     """
     _chosen(text, options)
 
@@ -175,28 +187,13 @@ def known() -> list[str]:
     return [*GROUPS, *(name for family in FAMILIES for name in family.names)]
 
 
-def check_positions(option: str, tokens: int, longest: int | None, *, more: int = 0) -> None:
-    """Refuse a length that, with ``more`` tokens, a model's positions do not hold.
-
-    Raises:
-        UserError: it is too long; names the option that gives it.
-    """
-    if longest is not None and tokens + more > longest:
-        new = f" and {more} new ones" if more else ""
-        raise UserError(
-            f"{tokens} tokens{new} are more than the model's {longest} positions",
-            where=option,
-            fix=f"use at most {longest - more}",
-        )
-
-
 def _names(text: str) -> list[str]:
     """Names of tasks, each once."""
     names: list[str] = []
     for name in (part.strip() for part in text.split(",")):
         if name not in known():
             told = f"{name!r} is no task" if name else "a task without a name"
-            raise UserError(told, where="--tasks", fix=nearest(name, known()))
+            raise Misfit(told, where="--tasks", fix=nearest(name, known()))
         names += [one for one in GROUPS.get(name, (name,)) if one not in names]
     return names
 
@@ -208,7 +205,7 @@ def _check_options(options: Options, chosen: Iterable[Family]) -> None:
             option = f"--{one.name.replace('_', '-')}"
             readers = (family for family in FAMILIES if one.name in family.reads)
             names = [name for family in readers for name in family.names]
-            raise UserError(
+            raise Misfit(
                 f"none of the tasks reads {option}",
                 where=option,
                 fix=f"leave it out, or add one of {', '.join(names)}" if names else "leave it out",

@@ -16,7 +16,14 @@ from titans_pretrain.checkpoint import format as layout
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import TitansError, UserError
-from titans_pretrain.export import model_card, reload, tokenizer, verification, weights
+from titans_pretrain.export import (
+    model_card,
+    reference,
+    reload,
+    tokenizer,
+    verification,
+    weights,
+)
 from titans_pretrain.files import atomic_directory, sha256_file
 
 FORMAT = "titans-export/1"
@@ -64,6 +71,7 @@ def export(
         raise _taken(out, "it is no export")
     source = layout.resolve(checkpoint)
     run = run_config.load(_file(source, CONFIGURATION))
+    _check_runs_on_cpu(run)
     try:
         made = _made(source, run, dtype, limit)
         if out.exists():
@@ -74,6 +82,16 @@ def export(
     except OSError as error:
         raise _failed(source, out, error) from None
     return Exported(source, is_new=True)
+
+
+def _check_runs_on_cpu(run: RunConfig) -> None:
+    name = run.model.get(foreign.KEY)
+    if name is not None and foreign.package(str(name)) in foreign.NEEDS_GPU:
+        raise UserError(
+            f"an export is proven on the CPU, where the layers of {name} do not run",
+            where="model.hf",
+            fix="export a model that runs anywhere, such as llama or mamba2",
+        )
 
 
 def _made(source: Path, run: RunConfig, dtype: str, limit: int) -> dict[str, Any]:
@@ -154,14 +172,19 @@ def _export(
     made: dict[str, Any],
 ) -> None:
     with atomic_directory(out) as directory:
-        reference = _reference(source, _model_class(run), _configuration(run, pieces, dtype))
+        model = _weightless(source, run, pieces, dtype)
         files = weights.write(source, directory, dtype, limit)
-        _write_model_files(reference, directory)
+        _write_model_files(model, directory)
         tokenizer.write(pieces, directory)
         card = model_card.write(source, run, weights.shapes(source), _name(dtype))
         (directory / model_card.NAME).write_text(card, encoding="utf-8")
         verification.verify(
-            directory, reference, lambda names: weights.read(source, names, dtype), dtype, pieces
+            directory,
+            model,
+            lambda ids: reference.logits(source, model, dtype, ids),
+            dtype,
+            pieces,
+            _named(run),
         )
         known = {record.name for record in files}
         others = [path.name for path in directory.iterdir() if path.name not in known]
@@ -176,9 +199,16 @@ def _export(
                 "fingerprint": state.get("fingerprint"),
                 "sequence_length": run.data.sequence_length,
                 "validation_fraction": run.data.validation_fraction,
+                foreign.KEY: run.model.get(foreign.KEY),
             },
         }
         manifest.write(directory, files, facts)
+
+
+def _named(run: RunConfig) -> str | None:
+    """``module:Class`` of a package that must be imported for the model, if any."""
+    name = str(run.model.get(foreign.KEY))
+    return name if foreign.package(name) else None
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -222,8 +252,15 @@ def _model_class(run: RunConfig) -> Any:
     return TitansForCausalLM
 
 
-def _reference(checkpoint: Path, model_class: Any, config: Any) -> Any:
-    """The model of the installed code, without weights; the checkpoint has those it wants."""
+def reference_model(checkpoint: Path, dtype: torch.dtype) -> Any:
+    """A checkpoint's model of the installed code, without weights."""
+    run = run_config.load(_file(checkpoint, CONFIGURATION))
+    return _weightless(checkpoint, run, _file(checkpoint, TOKENIZER).read_bytes(), dtype)
+
+
+def _weightless(checkpoint: Path, run: RunConfig, pieces: bytes, dtype: torch.dtype) -> Any:
+    """The model of the installed code; the checkpoint has the weights it wants."""
+    model_class, config = _model_class(run), _configuration(run, pieces, dtype)
     with reload.weightless():
         model = model_class(config)
     weights.check_names(

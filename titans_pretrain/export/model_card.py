@@ -36,17 +36,16 @@ tuned to follow instructions, and not evaluated here.
 ## Use
 
 ```python
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+{imports}
 
-model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
+model = {model_class}.from_pretrained(PATH{trust})
 tokenizer = PreTrainedTokenizerFast.from_pretrained(PATH)
 inputs = tokenizer(["Once upon a time", "The"], return_tensors="pt", padding=True)
 tokens = model.generate(**inputs, max_new_tokens=50)
 print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 ```
 
-PATH is this directory. Only torch and transformers are needed; `trust_remote_code` runs the Python
-files in it, and `AutoTokenizer` asks for it, too. The tokenizer adds nothing to a text: documents
+PATH is this directory. {needed} The tokenizer adds nothing to a text: documents
 were separated by `{end}`, so an empty prompt begins with it. Batches are padded on the left with
 `{pad}`. Text that literally holds `{end}` becomes that token.
 
@@ -59,6 +58,16 @@ were separated by `{end}`, so an empty prompt begins with it. Batches are padded
 ```yaml
 {configuration}```
 """
+
+_OWN_CODE = f"{__package__.partition('.')[0]}."
+_USE = {
+    "imports": "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast",
+    "model_class": "AutoModelForCausalLM",
+    "trust": ", trust_remote_code=True",
+    "needed": "Only torch and transformers are needed; `trust_remote_code` runs the Python\n"
+    "files in it, and `AutoTokenizer` asks for it, too.",
+}
+_USE_OF_TRANSFORMERS = _USE | {"trust": "", "needed": "Only torch and transformers are needed."}
 
 
 def write(
@@ -89,8 +98,26 @@ def write(
         pad=tokenizer.pad_piece(pieces),
         facts=_table(facts(checkpoint, run) | {"exported weights": dtype}),
         configuration=yaml.safe_dump(_public(run), sort_keys=False),
+        **_use(run.model.get(foreign.KEY)),
     )
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{body}"
+
+
+def _use(name: str | None) -> dict[str, str]:
+    """How a model is loaded: of this project, or of a value of ``model.hf``."""
+    if name is None or name in foreign.OWN or name.startswith(_OWN_CODE):
+        return _USE
+    return _use_of_package(name) if foreign.package(name) else _USE_OF_TRANSFORMERS
+
+
+def _use_of_package(name: str) -> dict[str, str]:
+    """How a model is loaded whose class is that of an installed package: ``module:Class``."""
+    module, _, model_class = name.partition(":")
+    imports = (
+        f"from transformers import PreTrainedTokenizerFast\n\nfrom {module} import {model_class}"
+    )
+    needed = f"Besides torch and transformers, the package\n`{foreign.package(name)}` is needed."
+    return {"imports": imports, "model_class": model_class, "trust": "", "needed": needed}
 
 
 def _tags(run: RunConfig) -> list[str]:

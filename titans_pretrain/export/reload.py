@@ -1,9 +1,11 @@
 """Load an exported model as a stranger would. Run by its path in a process of its own.
 
 It imports nothing of the project, and its caller sees to it that nothing of the project can be
-found. The one argument is a JSON file: ``path`` (where packages lie), ``project``, ``model``,
-``ids`` and ``logits`` (safetensors in and out), ``whole`` (load it with ``from_pretrained``, too),
-``texts``, ``threads``. The report goes to standard output.
+found. The one argument is a JSON file: ``path`` (where packages lie), ``without`` (packages that
+are not to be found: kernels of a GPU), ``project``, ``model``, ``ids`` and ``logits`` (safetensors
+in and out), ``whole`` (load it with ``from_pretrained``, too), ``class`` (``module:Class`` of an
+installed package, or null where ``AutoModelForCausalLM`` finds it), ``texts``, ``threads``. The
+report goes to standard output.
 
 The model runs part by part: no more than one block has weights at a time. The caller's side of the
 comparison goes through the same functions.
@@ -11,7 +13,9 @@ comparison goes through the same functions.
 
 import contextlib
 import functools
+import importlib
 import json
+import site
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +31,10 @@ INDEX = "model.safetensors.index.json"
 def main(request_path: str) -> None:
     """Compute logits and token ids from the directory ``model`` alone."""
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
+    if request["class"] is not None:
+        site.main()  # packages in development are found by what lies among the others
     sys.path.extend(request["path"])
+    sys.modules.update(dict.fromkeys(request["without"]))  # type: ignore[arg-type]
 
     import torch
     from safetensors.torch import load_file, save_file
@@ -35,9 +42,13 @@ def main(request_path: str) -> None:
 
     torch.set_num_threads(request["threads"])
     directory, trust = Path(request["model"]), {"trust_remote_code": True}
-    config = AutoConfig.from_pretrained(directory, **trust)
+    model_class = _named(request["class"])
     with weightless():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
+        if model_class is None:
+            config = AutoConfig.from_pretrained(directory, **trust)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **trust)
+        else:
+            model = model_class(model_class.config_class.from_pretrained(directory))
     files = WeightFiles(directory)
     report: dict[str, Any] = {"dtypes": files.dtypes, **files.differences(model)}
     found = {}
@@ -45,7 +56,7 @@ def main(request_path: str) -> None:
         ids = load_file(request["ids"])["ids"]
         found["part by part"] = logits(model, ids, files.read)
         if request["whole"]:
-            found["as a whole"] = _whole(directory, ids, report)
+            found["as a whole"] = _whole(directory, ids, report, model_class)
     save_file(found, request["logits"])
 
     tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
@@ -136,9 +147,10 @@ def _fill(places: Sequence[_Place], read: Any, *arguments: Any) -> None:
     from torch import nn
 
     for place, tensor in zip(places, read([place.name for place in places]), strict=True):
-        # kernels round differently on unaligned memory, as a mapped file's is: copy always
+        # kernels round differently on unaligned memory, as a mapped file's is: copy always;
+        # others do where gradients may be wanted: as in the whole model
         copied = tensor.to(torch.float32, copy=True)
-        place.owner._parameters[place.key] = nn.Parameter(copied, requires_grad=False)
+        place.owner._parameters[place.key] = nn.Parameter(copied, place.empty.requires_grad)
 
 
 def _empty(places: Sequence[_Place], *arguments: Any) -> None:
@@ -199,14 +211,23 @@ class WeightFiles:
                 yield handle.get_tensor(name)
 
 
-def _whole(directory: Path, ids: "Tensor", report: dict[str, Any]) -> "Tensor":
+def _named(name: str | None) -> Any:
+    """The class of a ``module:Class``; None of none."""
+    if name is None:
+        return None
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _whole(directory: Path, ids: "Tensor", report: dict[str, Any], model_class: Any) -> "Tensor":
     """Logits of the model as ``from_pretrained`` loads it; what it complains of is reported."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=True, dtype=torch.float32, output_loading_info=True
-    )
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+    if model_class is None:
+        model_class, options = AutoModelForCausalLM, options | {"trust_remote_code": True}
+    model, loading = model_class.from_pretrained(directory, **options)
     for problem in ("missing", "unexpected", "mismatched"):
         report[problem] = sorted(map(str, loading[f"{problem}_keys"]))
     for parameter in model.parameters():

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from titans_pretrain.baselines import gpu_packages
 from titans_pretrain.checkpoint.tensor_file import CODES
 from titans_pretrain.errors import TitansError
 from titans_pretrain.export import reload, tokenizer
@@ -28,18 +29,22 @@ _SHOWN_LINES = 5
 def verify(
     directory: Path,
     model: nn.Module,
-    read: Callable[[Sequence[str]], Iterator[torch.Tensor]],
+    compute: Callable[[torch.Tensor], torch.Tensor],
     dtype: torch.dtype,
     tokenizer_model: bytes,
+    named: str | None = None,
 ) -> None:
     """Reload an exported directory elsewhere and compare; one block's weights at a time.
 
     Args:
         directory: the exported model.
         model: the same model without weights, of the code that trained it.
-        read: its weights by name out of the checkpoint, rounded to ``dtype``.
+        compute: its logits of token ids (rows, T), on the CPU, by the checkpoint's weights rounded
+            to ``dtype``.
         dtype: of the exported weights.
         tokenizer_model: contents of the sentencepiece model it was trained with.
+        named: ``module:Class`` of the installed package that has the model's class; with None it
+            must load without one.
 
     Raises:
         TitansError: it does not load, a key is missing or unexpected, it needs the project, or a
@@ -50,16 +55,16 @@ def verify(
     length = min(getattr(config, "grid", _GRID) + 5, _MOST_TOKENS, longest)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
-    wanted = reload.logits(model, ids, read)
+    wanted = compute(ids)
     texts = list(tokenizer.sample_texts(tokenizer_model))
     whole = sum(4 * parameter.numel() for parameter in model.parameters()) <= WHOLE_BYTES
-    report, found = _reload(directory, ids, texts, whole=whole)
+    report, found = _reload(directory, ids, texts, named, whole=whole)
     for problem in ("missing", "unexpected", "mismatched"):
         if report[problem]:
             raise _error(f"{problem} keys: {', '.join(report[problem][:_SHOWN_LINES])}", directory)
     if report["dtypes"] != [CODES[dtype]]:
         raise _error(f"its weights are {', '.join(report['dtypes'])}", directory)
-    if report["project"]:
+    if report["project"] and named is None:
         raise _error(f"its code imports {report['project'][0]}", directory)
     for way, logits in found.items():
         if not torch.equal(logits, wanted):
@@ -70,7 +75,7 @@ def verify(
 
 
 def _reload(
-    directory: Path, ids: torch.Tensor, texts: list[str], *, whole: bool
+    directory: Path, ids: torch.Tensor, texts: list[str], named: str | None, *, whole: bool
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What the clean process reports, and its logits by the way it loaded the model."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -78,12 +83,14 @@ def _reload(
         (room / "model").symlink_to(directory.resolve())
         save_file({"ids": ids}, room / "ids.safetensors")
         request = {
-            "path": [entry for entry in sys.path if entry.endswith("-packages")],
+            "path": _path(everything=named is not None),
+            "without": gpu_packages.NAMES,
             "project": PROJECT,
             "model": str(room / "model"),
             "ids": str(room / "ids.safetensors"),
             "logits": str(room / "logits.safetensors"),
             "whole": whole,
+            "class": named,
             "texts": texts,
             "threads": torch.get_num_threads(),
         }
@@ -91,6 +98,15 @@ def _reload(
         printed = _run(room, directory)
         report: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return report, load_file(room / "logits.safetensors")
+
+
+def _path(*, everything: bool) -> list[str]:
+    """Where packages lie; with everything, those too that no installer put among the others."""
+    return [
+        str(Path(entry).absolute())
+        for entry in sys.path
+        if everything or entry.endswith("-packages")
+    ]
 
 
 def _run(room: Path, directory: Path) -> str:

@@ -8,18 +8,23 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from titans_pretrain.baselines import gpu_packages
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import UserError
-from titans_pretrain.inference.prefill import check_memory, is_titans, new_cache, prefill
-from titans_pretrain.inference.prompts import check_ids, check_positions, prompt_ids
+from titans_pretrain.inference import packages
+from titans_pretrain.inference.prefill import OWN, check_memory, continues, new_cache, prefill
+from titans_pretrain.inference.prompts import (
+    check_ids,
+    check_positions,
+    check_some,
+    positions,
+    prompt_ids,
+)
 from titans_pretrain.inference.streamer import Streamer
 from titans_pretrain.inference.token_stream import TokenStream
 
 log = logging.getLogger(__name__)
-_CODE = {
-    "titans": Path(__file__).parents[1] / "model",
-    "titans_baseline": Path(__file__).parents[1] / "baselines",
-}
+_CODE = Path(__file__).parents[1] / "model"
 _TEMPERATURE = 0.8
 _COLDEST = 1e-6  # below, logits divided by the temperature may overflow float32
 _SHOWN_KEYS = 3
@@ -131,11 +136,12 @@ def generate(
         )
     disable_progress_bar()
     set_verbosity_error()
-    model, tokenizer = load(directory, trust_remote_code=trust_remote_code)
-    model.to(choose_device(device))
+    place = choose_device(device)
+    model, tokenizer = load(directory, trust_remote_code=trust_remote_code, device=place)
+    model.to(place)
     with torch.inference_mode():
         begun = _begin(directory, model, tokenizer, prompt, memory)
-        check_positions(model, len(begun.ids), sampling.max_new_tokens)
+        check_positions("PROMPT", len(begun.ids), positions(model), more=sampling.max_new_tokens)
         streamer = Streamer(tokenizer, begun.ids, begun.hidden)
         if sampling.temperature:
             torch.manual_seed(sampling.seed)
@@ -169,6 +175,7 @@ def _begin(directory: Path, model: Any, tokenizer: Any, prompt: str, memory: Pat
         )
     stream = TokenStream(tokenizer, held.context, held.pending)
     ids = stream.finish(prompt)
+    check_some(ids, prompt, "PROMPT")
     check_ids(ids, model)
     told = (tokenizer.decode(of, skip_special_tokens=True) for of in (ids, stream.finish()))
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(*told, strict=False))
@@ -176,12 +183,12 @@ def _begin(directory: Path, model: Any, tokenizer: Any, prompt: str, memory: Pat
 
 
 def _go_on(model: Any, begun: _Begun, sampling: Sampling, streamer: Streamer) -> None:
-    """Generate behind the ids; a Titans model reads them in pieces before."""
+    """Generate behind the ids; a model of this project reads them in pieces before."""
     import torch
 
     ids = torch.tensor([begun.ids], device=model.device)
     options: dict[str, Any] = {"use_cache": sampling.use_cache}
-    if sampling.use_cache and is_titans(model):
+    if sampling.use_cache and continues(model):
         cache = new_cache(model) if begun.cache is None else begun.cache
         prefill(model, ids[:, :-1], cache)
         cache.count_anew()
@@ -201,18 +208,32 @@ def _go_on(model: Any, begun: _Begun, sampling: Sampling, streamer: Streamer) ->
         streamer.end()
 
 
-def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(
+    directory: Path, *, trust_remote_code: bool = False, device: Any = None
+) -> tuple[Any, Any]:
     """Model (evaluating, in the dtype of its files) and tokenizer.
 
-    A Titans model runs on the installed code, which is what it was exported with; a difference
-    between the two is warned about. Another kind runs transformers' own code, or that of the
-    directory if ``trust_remote_code`` says so. Weights are read from safetensors files only. The
-    ``manifest.json`` of an export is compared with every byte, where it is there.
+    A model of this project runs on the installed code, which is what it was exported with; a
+    difference between the two is warned about. Another kind runs transformers' own code or, if
+    ``trust_remote_code`` says so, that of the directory, or of the installed package that an export
+    names; a package that is imported already needs no such word. Weights are read from safetensors
+    files only. The ``manifest.json`` of an export is compared with every byte, where it is there.
+
+    Args:
+        directory: what ``titans export`` wrote, or another causal language model.
+        trust_remote_code: see above.
+        device: torch device that the model is going to; None for a GPU if there is one. GPU kernels
+            that transformers finds are left out for the CPU.
 
     Raises:
         UserError: the directory holds no model that can be loaded, or not all of it, or more.
         TitansError: a file cannot be read.
     """
+    with gpu_packages.for_device(None if device is None else device.type):
+        return _load(directory, trust_remote_code=trust_remote_code)
+
+
+def _load(directory: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -226,8 +247,11 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
     }
     try:
         _check_files(directory)
-        if found.get("model_type") in _CODE:
-            _compare_code(directory, _CODE[found["model_type"]])
+        if packaged := packages.model_class(directory, trusted=trust_remote_code):
+            model, loading = packaged.from_pretrained(directory, **options)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+        elif found.get("model_type") in OWN:
+            _compare_code(directory, _CODE)
             model_class = _installed_class(found["model_type"])
             model, loading = model_class.from_pretrained(directory, **options)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
@@ -238,6 +262,7 @@ def load(directory: Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]
                     where=where,
                     fix="read its Python files, then add --trust-remote-code",
                 )
+            packages.check_known(found, where)
             trust = {"trust_remote_code": trust_remote_code}
             model, loading = AutoModelForCausalLM.from_pretrained(directory, **options, **trust)
             tokenizer = AutoTokenizer.from_pretrained(directory, **trust)
@@ -328,7 +353,7 @@ def _installed_class(model_type: str) -> Any:
         from titans_pretrain.model.modeling_titans import TitansForCausalLM
 
         return TitansForCausalLM
-    from titans_pretrain.baselines.modeling_baseline import BaselineForCausalLM
+    from titans_pretrain.model.modeling_baseline import BaselineForCausalLM
 
     return BaselineForCausalLM
 

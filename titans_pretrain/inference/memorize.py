@@ -59,9 +59,10 @@ def memorize(
     _check_paths(file, out, earlier, unfinished)
     disable_progress_bar()
     set_verbosity_error()
-    model, tokenizer = generate.load(directory)
+    place = generate.choose_device(device)
+    model, tokenizer = generate.load(directory, device=place)
     check_memory(model, str(directory))
-    model.to(generate.choose_device(device))
+    model.to(place)
     owner = Owner.of(directory, model)
     before = _earlier(model, owner, earlier)
     if earlier is not None and _same(earlier, out) and _has_read(before, file):

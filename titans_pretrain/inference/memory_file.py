@@ -14,7 +14,8 @@ from typing import Any
 
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.errors import UserError
-from titans_pretrain.files import atomic_file, sha256_file
+from titans_pretrain.files import atomic_file, sha256_cached
+from titans_pretrain.inference.prefill import new_cache
 
 FORMAT = "titans-memory/1"
 _DEFINING = ("config.json", "tokenizer.json", "*.safetensors")
@@ -85,7 +86,7 @@ def fingerprint(directory: Path) -> str:
     known = {}
     if (directory / manifest.NAME).exists():
         known = {one["name"]: one["sha256"] for one in manifest.read(directory)["files"]}
-    digests = {name: known.get(name) or sha256_file(directory / name) for name in names}
+    digests = {name: known.get(name) or sha256_cached(directory / name) for name in names}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
@@ -127,11 +128,9 @@ def load(path: Path, network: Any, owner: Owner) -> Memory:
         UserError: there is no memory, it is damaged, or another model's.
         OSError: it cannot be read.
     """
-    from titans_pretrain.model.cache import TitansCache
-
     told, tensors, digest = _read(path)
     _check_owner(path, Owner(**told["owner"]), owner)
-    cache = TitansCache(network.config)
+    cache = new_cache(network)
     for name, tensor in tensors.items():
         _, number, key = name.split(".", 2)
         cache.layers[int(number)].state[key] = tensor.to(network.device)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from titans_pretrain.errors import TitansError
-from titans_pretrain.model.cache import TitansCache
-from titans_pretrain.model.memory_chunk import Rule, Tokens, _Anchors, _norm, _surprise
+from titans_pretrain.inference.prefill import new_cache
+from titans_pretrain.model.memory_chunk import Anchors, Rule, Tokens, norm, surprise
 
 
 @dataclass
@@ -80,7 +80,7 @@ def trace(model: Any, ids: Sequence[int], layers: Sequence[int]) -> dict[int, La
         TitansError: a number is not finite.
     """
     probes = {number: _Probe(model.model.layers[number].mixer.memory) for number in layers}
-    cache = TitansCache(model.config)
+    cache = new_cache(model)
     chunk = model.config.chunk_size
     with torch.inference_mode(), contextlib.ExitStack() as stack:
         for probe in probes.values():
@@ -170,8 +170,8 @@ class _Probe:
 def _norms(tokens: Tokens, anchor: tuple[Tensor, ...], rule: Rule) -> tuple[Tensor, Tensor]:
     """(1, H, T) norm of each token's gradient over the memory's layers, bare and clipped."""
     bare = rule._replace(surprise_clip=None)
-    found = _surprise(tokens.keys, tokens.values, _Anchors(anchor, None), bare)
-    layers = [(_norm(error) * _norm(x))[..., 0] for x, error in zip(*found, strict=True)]
+    found = surprise(tokens.keys, tokens.values, Anchors(anchor, None), bare)
+    layers = [(norm(error) * norm(x))[..., 0] for x, error in zip(*found, strict=True)]
     norms = torch.stack(layers)
     clip = rule.surprise_clip
     clipped = norms if clip is None else norms * (clip / (norms + clip))
@@ -181,12 +181,12 @@ def _norms(tokens: Tokens, anchor: tuple[Tensor, ...], rule: Rule) -> tuple[Tens
 def _left(forget: Tensor, momentum: Tensor) -> Tensor:
     """How much of each token's write (H, T) the weights hold after the last token (Eq. 13-14)."""
     weight = torch.ones_like(forget[:, 0])
-    surprise = weight
-    left = [surprise]
+    share = weight
+    left = [share]
     for t in range(forget.shape[1] - 1, 0, -1):
         weight = weight * (1 - forget[:, t])
-        surprise = weight + momentum[:, t] * surprise
-        left.append(surprise)
+        share = weight + momentum[:, t] * share
+        left.append(share)
     return torch.stack(left[::-1], 1)
 
 

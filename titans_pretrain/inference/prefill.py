@@ -1,17 +1,18 @@
-"""Long texts through a Titans model, in pieces and at constant memory."""
+"""Long texts through a model of this project, in pieces and at constant memory."""
 
 from typing import Any
 
 from titans_pretrain.errors import UserError
 
 PIECE = 4096  # tokens read at once
+OWN = ("titans", "titans_baseline")  # model_types of this project
 
 
 def prefill(model: Any, ids: Any, cache: Any, *, piece: int = PIECE) -> None:
     """Read tokens into a cache at constant memory, a piece in parallel; pieces end at multiples.
 
     Args:
-        model: a Titans model.
+        model: a Titans model, or a baseline of this project.
         ids: (B, T) tokens without pads, of rows that stand at the same position; T may be 0.
         cache: a TitansCache, which is changed.
         piece: tokens of a call.
@@ -31,8 +32,13 @@ def new_cache(model: Any) -> Any:
     return TitansCache(model.config)
 
 
+def continues(model: Any) -> bool:
+    """Whether a model goes on from a TitansCache: all of this project do, baselines included."""
+    return model.config.model_type in OWN
+
+
 def is_titans(model: Any) -> bool:
-    """Whether a model is of this project's kind, the Transformer++ baseline included."""
+    """Whether a model is of Titans' blocks, the Transformer++ baseline included."""
     return model.config.model_type == "titans"
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit, UserError
 
 
 def opening(tokenizer: Any, where: str) -> str:
@@ -28,41 +28,55 @@ def prompt_ids(tokenizer: Any, prompt: str, where: str = "PROMPT") -> list[int]:
     """
     text = prompt or opening(tokenizer, where)
     ids = list(tokenizer(text, add_special_tokens=bool(prompt), verbose=False)["input_ids"])
+    check_some(ids, text, where)
+    return ids
+
+
+def check_some(ids: Sequence[int], text: str, where: str) -> None:
+    """Refuse a text of no tokens."""
     if not ids:
         raise UserError(
             f"the tokenizer makes no token of {text!r}",
             where=where,
             fix="give a prompt with more in it",
         )
-    return ids
 
 
-def check_ids(ids: Sequence[int], model: Any) -> None:
+def check_ids(ids: Sequence[int], model: Any, where: str = "tokenizer.json") -> None:
     """Refuse token ids that the model has no embedding for."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if max(ids, default=0) >= vocabulary:
         raise UserError(
             f"the tokenizer's ids exceed the model's {vocabulary}",
-            where="tokenizer.json",
+            where=where,
             fix="export the model again",
         )
 
 
-def check_positions(model: Any, tokens: int, new: int, where: str = "PROMPT") -> None:
-    """Refuse a prompt whose continuation would go beyond the model's positions.
+def positions(model: Any) -> int | None:
+    """Tokens that a model's positions allow; None where its configuration bounds none."""
+    longest: int | None = getattr(model.config, "max_position_embeddings", None)
+    return longest
+
+
+def check_positions(where: str, tokens: int, longest: int | None, *, more: int = 0) -> None:
+    """Refuse a text that goes beyond a model's positions.
 
     Args:
-        model: of transformers; one whose configuration bounds no positions takes any length.
-        tokens: of the prompt.
-        new: tokens to add.
-        where: the prompt's name.
+        where: what names the text, or gives its length.
+        tokens: of the text.
+        longest: the model's positions; None takes any length.
+        more: tokens to add to the text.
+
+    Raises:
+        Misfit: it is too long.
     """
-    longest: int | None = getattr(model.config, "max_position_embeddings", None)
-    if longest is None or tokens + new <= longest:
+    if longest is None or tokens + more <= longest:
         return
-    fix = f"use a prompt of at most {longest - new} tokens" if longest > new else ""
-    raise UserError(
-        f"{tokens} tokens and {new} new ones are more than the model's {longest} positions",
+    new = f" and {more} new ones" if more else ""
+    fix = f"use at most {longest - more}" if longest > more else ""
+    raise Misfit(
+        f"{tokens} tokens{new} are more than the model's {longest} positions",
         where=where,
         fix=fix or f"ask for fewer new tokens than {longest}",
     )

@@ -1,16 +1,21 @@
 """Text printed while its tokens come; a token costs the same after any number of them."""
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
+
+from titans_pretrain.inference.token_stream import BYTE_PIECES
 
 _KEPT = 8  # tokens that stay as context of the next ones' text
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 class Streamer:
-    """Prints what tokens decode to, each character once it is certain.
+    """Prints what tokens decode to, each character once it is there.
 
-    It is a streamer of transformers' ``generate``, which gives it the prompt first.
+    It is a streamer of transformers' ``generate``, which gives it the prompt first. What is printed
+    is what the tokenizer decodes all tokens to, with one exception: of bytes side by side, the
+    characters before one that fits nowhere stay, where the tokenizer would take them back.
 
     Args:
         tokenizer: of transformers.
@@ -22,13 +27,17 @@ class Streamer:
     """
 
     def __init__(self, tokenizer: Any, tokens: Sequence[int], hidden: int = 0) -> None:
-        self._tokenizer, self._tokens, self._told = tokenizer, list(tokens), ""
+        self._tokenizer = tokenizer
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self._control = {number for number, token in added.items() if token.special}
+        self._bytes = self._byte_tokens()
+        self._context: list[int] = []
+        self._waiting: list[int] = []
+        self._run: _ByteRun | None = None
         self._prompt_comes = True
         self.text = ""
         self._tell(self._decode(tokens)[hidden:])
-        self._trim()
+        self._keep([token for token in tokens if token not in self._control])
 
     def put(self, value: Any) -> None:
         """Take a tensor of tokens; the first call's are known already."""
@@ -38,41 +47,95 @@ class Streamer:
         self.add(value.flatten().tolist())
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Print what tokens add, as far as later ones cannot change it."""
-        self._tokens += tokens
-        if self._is_open(self._tokens[-1]):
-            return
-        text = self._decode(self._tokens)
-        if not text.endswith(_UNFINISHED):
-            self._tell(text[len(self._told) :])
-            self._trim()
+        """Print what tokens add, but for a character of which a part is missing."""
+        for token in tokens:
+            if token in self._control:
+                continue
+            if token in self._bytes:
+                self._add_byte(token)
+            else:
+                self._add_piece(token)
 
     def end(self) -> None:
-        """Print what was still uncertain, and a line's end."""
-        self._tell(self._decode(self._tokens)[len(self._told) :])
-        self._tokens, self._told = [], ""
+        """Print what was not whole, and a line's end."""
+        self._end_run()
+        self._end_pieces()
+        self._context = []
         print(flush=True)
+
+    def _add_byte(self, token: int) -> None:
+        if self._run is None:
+            self._end_pieces()
+            self._run = _ByteRun()
+        text = self._run.add(self._bytes[token])
+        if text == " " and not self._context:
+            text = self._decode([token])  # the first space of a text may be dropped
+        self._tell(text)
+        self._keep([token])
+
+    def _add_piece(self, token: int) -> None:
+        self._end_run()
+        self._waiting.append(token)
+        if not self._text_of_waiting().endswith(_UNFINISHED):
+            self._end_pieces()
+
+    def _end_run(self) -> None:
+        if self._run is not None:
+            self._tell(self._run.end())
+        self._run = None
+
+    def _end_pieces(self) -> None:
+        if self._waiting:
+            self._tell(self._text_of_waiting())
+            self._keep(self._waiting)
+        self._waiting = []
+
+    def _text_of_waiting(self) -> str:
+        return self._decode(self._context + self._waiting)[len(self._decode(self._context)) :]
 
     def _tell(self, text: str) -> None:
         self.text += text
-        print(text, end="", flush=True)
+        if text:
+            print(text, end="", flush=True)
 
-    def _trim(self) -> None:
-        """Forget tokens on which the next ones' text does not depend."""
-        first = max(len(self._tokens) - _KEPT, 0)
-        while first and self._is_open(self._tokens[first]):
-            first -= 1
-        told = self._decode(self._tokens[first:])
-        if told:  # else a space in front of the next token would count as the text's first
-            self._tokens = self._tokens[first:]
-        self._told = told or self._decode(self._tokens)
+    def _keep(self, tokens: Sequence[int]) -> None:
+        """Remember as context what the next tokens' text depends on."""
+        self._context = [*self._context, *tokens][-_KEPT:]
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _is_open(self, token: int) -> bool:
-        """Whether a token is a byte that others complete, or shows nothing between such."""
-        if token in self._control:
-            return True
-        piece = self._tokenizer.convert_ids_to_tokens(token) or ""
-        return len(piece) == 6 and piece.startswith("<0x")
+    def _byte_tokens(self) -> dict[int, int]:
+        """Token to byte, of a tokenizer that spells with bytes what it has no piece for."""
+        pieces = list(BYTE_PIECES)
+        ids = self._tokenizer.convert_tokens_to_ids(pieces)
+        if None in ids or self._tokenizer.convert_ids_to_tokens(ids) != pieces:
+            return {}
+        spelt = self._decode([ids[ord("A")]]) == "A"
+        return {token: value for value, token in enumerate(ids)} if spelt else {}
+
+
+class _ByteRun:
+    """Bytes side by side: UTF-8, until one of them fits nowhere; from there on none is text."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._waiting = 0
+        self._broken = False
+
+    def add(self, value: int) -> str:
+        """What a byte makes certain."""
+        self._waiting += 1
+        text = ""
+        if not self._broken:
+            try:
+                text = self._decoder.decode(bytes([value]))
+            except UnicodeDecodeError:
+                self._broken = True
+        text = self.end() if self._broken else text
+        self._waiting = 0 if text else self._waiting
+        return text
+
+    def end(self) -> str:
+        """A replacement for each byte of a character that is not whole."""
+        return _UNFINISHED * self._waiting

@@ -15,7 +15,7 @@ from typing import Any
 from titans_pretrain.errors import UserError
 
 SPACE = "▁"
-BYTES = 256
+BYTE_PIECES = tuple(f"<0x{value:02X}>" for value in range(256))
 LONGEST = 2**16  # characters that may wait for a border
 _COLLAPSING = {(r"\A +| +\z", ""), (" {2,}", " ")}
 _JOINING_KINDS = {"Mn", "Mc", "Me", "Cc", "Cf", "Cn"}
@@ -67,7 +67,7 @@ class Borders:
             raise _refusal("its pieces take in what stands around them")
         literal = _literal(backend, added)
         pieces = [entry[0] if isinstance(entry, list) else entry for entry in model["vocab"]]
-        bytes_ = {f"<0x{value:02X}>" for value in range(BYTES)}
+        bytes_ = set(BYTE_PIECES)
         if any("<0x" in piece and piece not in bytes_ for piece in pieces):
             raise _refusal("it merges bytes")
         spelt = model.get("byte_fallback") and bytes_ <= set(pieces)

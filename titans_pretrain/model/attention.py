@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention_blocks import by_blocks, continue_window, with_prefix
 from .boundary import WHOLE, Boundary
 from .configuration_titans import TitansConfig
 from .documents import Documents, Stretch
 from .fields import rotated_width
 from .layers import rotate, split_heads
-from .layout import Layout, join, newest
+from .layout import Layout
 
 
 class AttentionProjections(nn.Module):
@@ -85,7 +86,7 @@ class WindowAttention(nn.Module):
         queries = self.project.queries(x, positions)
         keys, values = self.project.keys_values(x, positions)
         prefix = None if persistent is None else self.project.prefix(persistent)
-        return self._continue(queries, keys, values, prefix, layout, cached or {})
+        return continue_window(queries, keys, values, layout, cached or {}, self.window, prefix)
 
     def _span(self, x: Tensor, persistent: Tensor | None, documents: Documents | None) -> Tensor:
         """Sequences, or spans of them, without pads."""
@@ -101,43 +102,7 @@ class WindowAttention(nn.Module):
         own, before = self.boundary.halo(self.window - 1, (keys, values), dim=2)
         keys, values = (torch.cat(pair, 2) for pair in zip(before, own, strict=True))
         reach = None if documents is None else documents.bounds(self.boundary, x.device).reach
-        return _blocks(queries, keys, values, prefix, self.window, None, reach)
-
-    def _continue(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        prefix: tuple[Tensor, Tensor] | None,
-        layout: Layout,
-        cached: dict[str, Tensor],
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        by_time = [keys.transpose(1, 2), values.transpose(1, 2)]
-        history = [
-            cached.get(name, tensor[:, :0]) for name, tensor in zip(_KV, by_time, strict=True)
-        ]
-        joined = [join(old, new, layout) for old, new in zip(history, by_time, strict=True)]
-        length = history[0].shape[1]
-        known = layout.lead + length - layout.position.clamp(max=length)
-        seen = length + layout.valid.shape[1]
-        kept = seen if self.window is None else min(self.window - 1, seen)
-        after = {
-            name: newest(_widen(tensor, kept, layout), kept, layout)
-            for name, tensor in zip(_KV, joined, strict=True)
-        }
-        all_keys, all_values = (tensor.transpose(1, 2) for tensor in joined)
-        return _blocks(queries, all_keys, all_values, prefix, self.window, known), after
-
-
-_KV = ("keys", "values")
-
-
-def _widen(joined: Tensor, length: int, layout: Layout) -> Tensor:
-    """Zeros in front, so that rows shorter than ``length`` have that many entries."""
-    missing = length - (joined.shape[1] - layout.valid.shape[1])
-    if missing <= 0:
-        return joined
-    return F.pad(joined, (0, 0) * (joined.dim() - 2) + (missing, 0))
+        return by_blocks(queries, keys, values, self.window, prefix=prefix, reach=reach)
 
 
 def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -158,88 +123,6 @@ def _causal_within(
         ]
         outputs.append(torch.cat(parts, 2))
     return torch.cat(outputs)
-
-
-def _blocks(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    prefix: tuple[Tensor, Tensor] | None,
-    window: int | None,
-    known: Tensor | None,
-    reach: Tensor | None = None,
-) -> Tensor:
-    """Attention by blocks of queries, each with only the keys its window reaches.
-
-    Args:
-        queries: (B, H, N, h).
-        keys, values: (B, H, M + N, h), those of slot i at M + i.
-        prefix: keys and values (1, H, P, h) visible to all.
-        window: tokens in reach, None for all.
-        known: (B,) first index along M + N that holds a token, None when all do.
-        reach: (B, N), how many keys before its own a query sees at most, None for no bound.
-    """
-    slots, total = queries.shape[2], keys.shape[2]
-    past = total - slots
-    size = slots if window is None else min(window, slots)
-    outputs = []
-    for first in range(0, slots, max(size, 1)):
-        last = min(first + size, slots)
-        low = 0 if window is None else max(0, past + first - window + 1)
-        high = past + last
-        mask = _mask(queries, past + first, past + last, low, high, window, known)
-        if reach is not None:
-            mask = mask & _near(reach[:, first:last], past + first, low, high)
-        block_keys, block_values = keys[:, :, low:high], values[:, :, low:high]
-        if prefix is not None:
-            block_keys, block_values, mask = _with_prefix(block_keys, block_values, mask, prefix)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[:, :, first:last], block_keys, block_values, attn_mask=mask
-            )
-        )
-    return torch.cat(outputs, 2)
-
-
-def _mask(
-    like: Tensor,
-    first: int,
-    last: int,
-    low: int,
-    high: int,
-    window: int | None,
-    known: Tensor | None,
-) -> Tensor:
-    """Bool (B or 1, 1, queries, keys): which of keys [low, high) queries [first, last) see."""
-    rows = torch.arange(first, last, device=like.device)[:, None]
-    columns = torch.arange(low, high, device=like.device)[None, :]
-    seen = columns <= rows
-    if window is not None:
-        seen = seen & (columns > rows - window)
-    if known is None:
-        return seen[None, None]
-    # a slot without a token sees itself: a row of no keys at all would be undefined
-    real = (columns >= known[:, None])[:, None, None, :] | (columns == rows)
-    return seen & real
-
-
-def _near(reach: Tensor, first: int, low: int, high: int) -> Tensor:
-    """Bool (B, 1, queries, keys): which of keys [low, high) are in reach of queries from first."""
-    queries = torch.arange(first, first + reach.shape[1], device=reach.device)
-    columns = torch.arange(low, high, device=reach.device)
-    return (columns >= (queries - reach)[..., None])[:, None]
-
-
-def _with_prefix(
-    keys: Tensor, values: Tensor, mask: Tensor, prefix: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch = keys.shape[0]
-    prefix_keys, prefix_values = (tensor.expand(batch, -1, -1, -1) for tensor in prefix)
-    return (
-        torch.cat([prefix_keys, keys], 2),
-        torch.cat([prefix_values, values], 2),
-        F.pad(mask, (prefix_keys.shape[2], 0), value=True),
-    )
 
 
 class SegmentAttention(nn.Module):
@@ -283,5 +166,5 @@ class SegmentAttention(nn.Module):
         mask = torch.cat([seen, seen], -1)
         keys, values = (torch.cat(pair, 2) for pair in zip(reads, tokens, strict=True))
         if prefix is not None:
-            keys, values, mask = _with_prefix(keys, values, mask, prefix)
+            keys, values, mask = with_prefix(keys, values, mask, prefix)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

@@ -219,6 +219,13 @@ FIELDS: tuple[ModelField, ...] = (
         doc="Weight decay of the memory (Eq. 13); off means alpha = 0.",
     ),
     ModelField(
+        name="forget_bias",
+        kind=float,
+        default=-4.6,
+        variants=WITH_MEMORY,
+        doc="Bias of the forget gate at the start of training: alpha begins near its sigmoid.",
+    ),
+    ModelField(
         name="gate_per",
         kind=str,
         default="token",
@@ -357,6 +364,13 @@ def _between(v: Mapping[str, Any]) -> Iterable[Problem]:
             "partial_rotary_factor",
             f"{factor} leaves no unrotated part to key the persistent tokens",
             "use 0.5, or num_persistent_tokens 0",
+        )
+    ungated = variant in WITH_MEMORY and not v["use_forgetting"]
+    if ungated and v["forget_bias"] != TABLE["forget_bias"].default:
+        yield Problem(
+            "forget_bias",
+            f"{v['forget_bias']} has no gate: use_forgetting is off",
+            "leave it out, or turn use_forgetting on",
         )
     if variant == "mac" and v["chunk_size"] > v["segment_length"]:
         yield Problem(

@@ -140,7 +140,7 @@ def chunk_step(
     queries, keys, values, forget, momentum, step = (tensor.to(dtype) for tensor in tokens)
     first = None if resets is None else resets.first
     write = coefficients(forget, momentum, step, valid, first)
-    activations, errors = _surprise(keys, values, _Anchors(anchor, resets), rule)
+    activations, errors = surprise(keys, values, Anchors(anchor, resets), rule)
 
     hidden = queries
     weights, past = [], []
@@ -173,7 +173,7 @@ def _last_weights(share: Share, w: Tensor, s: Tensor) -> Tensor:
     return share.weights[..., -1, None, None] * w + share.momentum[..., -1, None, None] * s
 
 
-class _Anchors:
+class Anchors:
     """The weights at which surprise is taken: a chunk's first, or those a document begins with."""
 
     def __init__(self, weights: Sequence[Tensor], resets: Resets | None) -> None:
@@ -197,8 +197,8 @@ class _Anchors:
         return torch.where(self._fresh, error @ self._begun[layer], own)
 
 
-def _surprise(
-    keys: Tensor, values: Tensor, anchors: _Anchors, rule: Rule
+def surprise(
+    keys: Tensor, values: Tensor, anchors: Anchors, rule: Rule
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of ||M(k) - v||^2 (Eq. 12) per token, as outer products error x activation.
 
@@ -221,13 +221,13 @@ def _surprise(
     if rule.surprise_clip is not None:
         clip = rule.surprise_clip
         errors = [
-            error * (clip / (_norm(error) * _norm(x) + clip))
+            error * (clip / (norm(error) * norm(x) + clip))
             for error, x in zip(errors, activations, strict=True)
         ]
     return activations, errors
 
 
-def _norm(tensor: Tensor) -> Tensor:
+def norm(tensor: Tensor) -> Tensor:
     """Euclidean norm over the last axis, kept; no overflow, and gradient zero at zero."""
     scale = tensor.detach().abs().amax(-1, keepdim=True)
     scale = torch.where(scale > 0, scale, 1)

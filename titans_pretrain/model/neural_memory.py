@@ -30,7 +30,6 @@ from .memory_open import OpenMemory, scan_open
 
 BRANCHES = ("q", "k", "v")
 Carried = dict[str, Tensor]
-FORGET_BIAS = -4.6
 MOMENTUM_BIAS = 2.2
 
 
@@ -90,7 +89,8 @@ class NeuralMemory(nn.Module):
             self.add_module(f"{name}_proj", nn.Linear(width, width, bias=False))
             conv = ShortConvolution(width, config.conv_width) if config.conv_width else None
             self.add_module(f"{name}_conv", conv)
-        self.forget_gate = Gate(width, heads, FORGET_BIAS) if config.use_forgetting else None
+        forgets = config.use_forgetting
+        self.forget_gate = Gate(width, heads, config.forget_bias) if forgets else None
         self.momentum_gate = Gate(width, heads, MOMENTUM_BIAS) if config.use_momentum else None
         # a chunk of like keys then moves the weights by about one step; more, and gradients explode
         self.step_gate = Gate(width, heads, -math.log(config.chunk_size))

@@ -1,6 +1,8 @@
 """A run's evaluations, one by one as they come, each once over all its starts. No torch here."""
 
 import contextlib
+import hashlib
+import json
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from titans_pretrain.files import read_json, write_json
 FED = "fed.json"
 PREFIX = "evaluation"
 STEP = f"{PREFIX}/step"
+_DIGEST_CHARACTERS = 16
 
 
 class EvaluationFeed:
@@ -48,5 +51,10 @@ class EvaluationFeed:
 
 
 def _mark(one: evaluations.Evaluation) -> str:
-    """Tells what was given: of a failure, the finished parts; the whole comes after it."""
-    return f"{one.checkpoint} in part" if one.failure else one.checkpoint
+    """Tells what was given: of a failure, the finished parts; the whole comes after it.
+
+    Another evaluation of the same checkpoint, of other settings or metrics, comes, too.
+    """
+    found = json.dumps([dict(one.settings), dict(one.metrics)], sort_keys=True)
+    digest = hashlib.sha256(found.encode()).hexdigest()
+    return f"{one.checkpoint}{' in part' if one.failure else ''} {digest[:_DIGEST_CHARACTERS]}"

@@ -76,7 +76,7 @@ def _check_fields(directory: Path, config: RunConfig, found: Mapping[str, Any]) 
         raise refusal(directory, what, "give an exported model of the run's kind")
     ours = foreign.configuration(config.model) if other else TitansConfig(**config.model)
     try:
-        theirs = type(ours).from_dict(dict(found))
+        theirs = type(ours).from_dict(type(ours).get_config_dict(directory)[0])
     except Exception as error:  # whatever the class thinks of what the file holds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         what = f"the model cannot be read: {reason}"

@@ -16,6 +16,7 @@ KINDS = (
     "mamba",
     "mamba2",
 )
+TTT_KINDS = ("ttt_linear", "ttt_mlp")
 
 
 class BaselineConfig(PretrainedConfig):
@@ -41,12 +42,14 @@ class BaselineConfig(PretrainedConfig):
         segment_length: tokens between two writes of RMT's memory.
         rms_norm_eps: RMSNorm's epsilon.
         initializer_range: standard deviation of projections and embeddings at the start.
+        use_cache: whether calls return a cache to continue, whose size does not grow.
 
     Raises:
         ValueError: a value the model cannot have.
     """
 
     model_type = "titans_baseline"
+    keys_to_ignore_at_inference = ("past_key_values",)
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class BaselineConfig(PretrainedConfig):
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = True,
+        use_cache: bool = True,
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
@@ -92,8 +96,8 @@ class BaselineConfig(PretrainedConfig):
         self.segment_length = segment_length
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
+        self.use_cache = use_cache
         self._check()
-        kwargs.pop("use_cache", None)
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
@@ -101,7 +105,13 @@ class BaselineConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
-        self.use_cache = False  # nothing is kept between calls
+
+    @property
+    def grid(self) -> int:
+        """Tokens after which a row's mini-batch or segment begins anew."""
+        if self.memory_embeddings:
+            return self.segment_length
+        return self.mini_batch_size if set(self.mixers) & set(TTT_KINDS) else 1
 
     def kinds(self) -> list[str]:
         """The mixer of every block."""

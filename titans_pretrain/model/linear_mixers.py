@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .baseline_layers import RMSNorm, ShortConvolution, heads, merged, rotate
+from .baseline_layers import Cached, ShortConvolution, heads, places, rotated
 from .configuration_baseline import BaselineConfig
+from .layers import RMSNorm, merge_heads
+from .layout import Layout
 from .recurrences import by_chunks
 
 GLA_CHUNK = 16  # a decay a channel needs a tensor of chunk x chunk x width
@@ -102,26 +104,36 @@ class LinearMixer(nn.Module):
         elif self.parts.decay == "channel":
             self.decay = ChannelDecay(width, key, self.heads)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to the same shape."""
+    def forward(
+        self, x: Tensor, layout: Layout | None = None, cached: Cached | None = None
+    ) -> tuple[Tensor, Cached]:
+        """(B, T, D) to the same shape, and the state afterwards (empty without a layout)."""
+        cached, after = cached or {}, {}
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        write = None
+        write, log_decay = None, self._log_decay(x)
         if self.parts.delta:
-            queries, keys, values = self.q_conv(queries), self.k_conv(keys), self.v_conv(values)
+            queries, after["queries"] = self.q_conv(queries, cached.get("queries"), layout)
+            keys, after["keys"] = self.k_conv(keys, cached.get("keys"), layout)
+            values, after["values"] = self.v_conv(values, cached.get("values"), layout)
             write = heads(self.write_proj(x).float().sigmoid(), self.heads)
         queries, keys, values = (heads(part, self.heads) for part in (queries, keys, values))
         if self.parts.delta:
             queries, keys = (F.normalize(part.float(), dim=-1) for part in (queries, keys))
         elif self.parts.decay == "fixed":
-            positions = torch.arange(x.shape[1], device=x.device)
-            queries, keys = (rotate(part, positions, self.theta) for part in (queries, keys))
+            positions = places(x, layout)
+            queries, keys = (rotated(part, positions, self.theta) for part in (queries, keys))
         queries = queries * queries.shape[-1] ** -0.5
-        read = by_chunks(queries, keys, values, self._log_decay(x), write, self.chunk)
-        read = merged(self.norm(read.to(x.dtype)))
+        if layout is not None:  # slots without a token leave the state as it is
+            token = layout.valid[:, None, :, None]
+            log_decay = log_decay * token
+            keys, write = (keys * token, None) if write is None else (keys, write * token)
+        read, after["state"] = by_chunks(
+            queries, keys, values, log_decay, write, self.chunk, cached.get("state")
+        )
+        read = merge_heads(self.norm(read.to(x.dtype)))
         if self.parts.gate:
             read = read * F.silu(self.gate_proj(x))
-        out: Tensor = self.o_proj(read)
-        return out
+        return self.o_proj(read), {} if layout is None else after
 
     def _log_decay(self, x: Tensor) -> Tensor:
         """(B, H, T, 1), or (B, H, T, K)."""

@@ -7,6 +7,8 @@ State S (K, V) of a head, decay a_t (a scalar, or one a key channel), write stre
     S_t = a_t S_{t-1} + k_t u_t^T,   o_t = S_t^T q_t
     u_t = v_t                                     without the delta rule
     u_t = b_t (v_t - (a_t S_{t-1})^T k_t)         with it
+
+A token with k_t = 0 (b_t = 0 with the delta rule) and a_t = 1 leaves the state as it is.
 """
 
 import torch
@@ -21,8 +23,9 @@ def by_chunks(
     log_decay: Tensor,
     write: Tensor | None = None,
     chunk: int = 64,
-) -> Tensor:
-    """Outputs (B, H, T, V) of a recurrence that begins with S = 0.
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs (B, H, T, V) of a recurrence, and its state afterwards, (B, H, K, V) in float32.
 
     Args:
         queries: (B, H, T, K).
@@ -31,16 +34,19 @@ def by_chunks(
         log_decay: (B, H, T, K), or (B, H, T, 1) for one a head; at most 0.
         write: (B, H, T, 1), the delta rule's strength, with one decay a head; None without it.
         chunk: tokens taken at once; changes rounding only.
+        state: S before the first token; None for zeros.
     """
     time = queries.shape[2]
+    chunk = min(chunk, time)
     parts = [queries, keys, values, log_decay] + ([] if write is None else [write])
     parts = [F.pad(part.float(), (0, 0, 0, -time % chunk)) for part in parts]
-    state = keys.new_zeros(*keys.shape[:2], keys.shape[3], values.shape[3], dtype=torch.float32)
+    if state is None:
+        state = keys.new_zeros(*keys.shape[:2], keys.shape[3], values.shape[3], dtype=torch.float32)
     outputs = []
     for pieces in zip(*(part.split(chunk, 2) for part in parts), strict=True):
         output, state = _chunk(state, *pieces)
         outputs.append(output)
-    return torch.cat(outputs, 2)[:, :, :time]
+    return torch.cat(outputs, 2)[:, :, :time], state
 
 
 def _chunk(

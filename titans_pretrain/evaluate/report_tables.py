@@ -1,0 +1,195 @@
+"""What a model's results are, beside the paper's: the tables of a report, as data. No torch."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from titans_pretrain.evaluate import loaded, paper
+
+FORMAT = "titans-eval/2"
+PAPERS_QUESTIONS = ("qa1", "qa2", "qa3", "qa4", "qa5")
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6}
+_FIRST = ("samples", "shots", "max_length", "truncated")
+_OF_RESULT = ("samples", "truncated")
+_OF_QUESTION = ("task", "facts")
+Rows = Sequence[Mapping[str, Any]]
+
+
+def compare(model: Path, rows: Rows, *, paper_size: str | None) -> dict[str, Any]:
+    """Our results and the paper's of a size, None for the nearest."""
+    parameters = loaded.parameters(model)
+    size = paper_size or paper.nearest_size(parameters)
+    facts = loaded.facts(model)
+    training = facts.get("training", {})
+    ordered = sorted(rows, key=lambda row: (row["task"], tokens(row["cell"])))
+    return {
+        "format": FORMAT,
+        "model": str(model),
+        "fingerprint": loaded.fingerprint(model),
+        "parameters": parameters,
+        "training": {
+            "step": facts.get("step"),
+            "tokens": training.get("tokens"),
+            "sequence_length": training.get("sequence_length"),
+        },
+        "results": [
+            {key: row[key] for key in ("task", "cell", "dtype", "identity", "result")}
+            for row in ordered
+        ],
+        "table_1": _table_1(ordered, size),
+        "table_2": _table_2(ordered),
+        "figure_6": _figure_6(ordered),
+        "failed": [],
+        "curves": _curves(ordered),
+    }
+
+
+def tokens(cell: str) -> float:
+    """The length that a cell's name begins with, ``2048``, ``4k`` or ``1M``; 0 if it names none."""
+    match = re.match(r"([0-9]+)([kKmM]?)(?![0-9A-Za-z])", cell)
+    return int(match[1]) * _SUFFIXES[match[2].lower()] if match else 0.0
+
+
+def _table_1(rows: Rows, size: str) -> dict[str, Any] | None:
+    """Our rows, one for each maximal length and code, and the paper's of a size."""
+    found: dict[Any, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["task"] in paper.columns():
+            depends = tuple(row["identity"].get(name) for name in ("max_length", "code"))
+            best = found.setdefault(depends, {})
+            known = best.get(row["task"])
+            if known is None or row["result"]["samples"] >= known["result"]["samples"]:
+                best[row["task"]] = row
+    if not found:
+        return None
+    ours = [
+        {
+            "max_length": length,
+            "code": code,
+            "values": paper.row_of({task: row["result"] for task, row in best.items()}),
+            "settings": {task: settings(row) for task, row in best.items()},
+        }
+        for (length, code), best in found.items()
+    ]
+    told = paper.figures()["table_1"]
+    return {
+        "source": told["source"],
+        "size": size,
+        "columns": paper.columns(),
+        "ours": ours,
+        "paper": paper.table_1(size),
+        "notes": [note["text"] for note in told["notes"] if note["size"] == size],
+    }
+
+
+def _table_2(rows: Rows) -> dict[str, Any] | None:
+    """Of each task a row for each of the settings it was asked with."""
+    ours: dict[str, list[dict[str, Any]]] = {}
+    for task in paper.NEEDLES:
+        asked = [row for row in rows if row["task"] == task and "accuracy" in row["result"]]
+        for same in _alike(asked):
+            cells = {row["cell"]: _percent([row]) for row in same}
+            ours.setdefault(task, []).append({"settings": _shared(same), "cells": cells})
+    return {**paper.figures()["table_2"], "ours": ours} if ours else None
+
+
+def _figure_6(rows: Rows) -> list[dict[str, Any]]:
+    """BABILong with examples (a) and without (b): a row for each settings and set of questions.
+
+    A row has the lengths at which all its questions were asked. That of the paper's questions is
+    there wherever they are.
+    """
+    asked = [
+        row for row in rows if row["task"].startswith("babilong_") and "accuracy" in row["result"]
+    ]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for same in _alike(asked, but=_OF_QUESTION):
+        part = "figure_6a" if _examples(same[0]) else "figure_6b"
+        for questions, cells in _by_questions(same).items():
+            found.setdefault(part, []).append(
+                {
+                    "questions": list(questions),
+                    "papers": questions == PAPERS_QUESTIONS,
+                    "settings": _shared(same),
+                    "cells": cells,
+                }
+            )
+    return [
+        {**paper.figures()[part], "examples": part == "figure_6a", "ours": ours}
+        for part, ours in sorted(found.items())
+    ]
+
+
+def _examples(row: Mapping[str, Any]) -> bool:
+    """Whether a prompt of BABILong had examples."""
+    shots: int | None = row["identity"].get("shots")
+    return shots != 0
+
+
+def _by_questions(rows: Rows) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
+    """Set of questions -> length -> mean accuracy, of rows that differ in question and length."""
+    newest = {row["task"]: row["identity"].get("facts") for row in rows}
+    by_cell: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["identity"].get("facts") == newest[row["task"]]:
+            question = row["task"].removeprefix("babilong_")
+            by_cell.setdefault(row["cell"], {})[question] = row
+    found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for cell, asked in by_cell.items():
+        every = tuple(sorted(asked, key=lambda name: int(name.removeprefix("qa"))))
+        papers = (PAPERS_QUESTIONS,) if set(PAPERS_QUESTIONS) <= set(every) else ()
+        for questions in {every, *papers}:
+            found.setdefault(questions, {})[cell] = _percent([asked[name] for name in questions])
+    return dict(sorted(found.items()))
+
+
+def _curves(rows: Rows) -> list[dict[str, Any]]:
+    """The curves by name; those of one name and other settings are numbered."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "curve" in row["result"]:
+            found.setdefault(f"{row['task']} {row['cell']}".strip(), []).append(row)
+    return [
+        {
+            "name": f"{name} ({number})" if len(same) > 1 else name,
+            "curve": row["result"]["curve"],
+            "settings": settings(row),
+        }
+        for name, same in found.items()
+        for number, row in enumerate(same, start=1)
+    ]
+
+
+def _alike(rows: Rows, but: Sequence[str] = ()) -> list[list[Mapping[str, Any]]]:
+    """Rows of equal identity, some of its names aside."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        same = {name: value for name, value in row["identity"].items() if name not in but}
+        groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
+    return list(groups.values())
+
+
+def _percent(rows: Rows) -> dict[str, Any]:
+    """The mean accuracy of rows, and how many samples each is of."""
+    accuracies = [row["result"]["accuracy"] for row in rows]
+    samples = {row["task"]: row["result"]["samples"] for row in rows}
+    return {"accuracy": 100 * sum(accuracies) / len(rows), "samples": samples}
+
+
+def _shared(rows: Rows) -> dict[str, Any]:
+    """The settings that rows have in common."""
+    every = [settings(row) for row in rows]
+    return {
+        name: value
+        for name, value in every[0].items()
+        if all(one.get(name) == value for one in every)
+    }
+
+
+def settings(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a number depends on: all of its identity, samples as they were."""
+    both = {**row["identity"], **{name: row["result"].get(name) for name in _OF_RESULT}}
+    names = [*_FIRST, *(name for name in both if name not in _FIRST)]
+    return {name: both[name] for name in names if both.get(name) not in (None, [])}
