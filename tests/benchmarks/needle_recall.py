@@ -120,8 +120,8 @@ def titans(*words):
     print(f"{time.monotonic() - begun:.0f} s, {busy:.0f} s of a core", flush=True)
 
 
-def make_data(place):
-    """A tokenizer of the samples' own words, and samples, prepared."""
+def make_data(place, parts):
+    """A tokenizer of the samples' own words, and the parts' samples, prepared."""
     text, tokenizer = place / "words.jsonl", place / "tokenizer.model"
     if not tokenizer.exists():
         titans("data", "needle", "--haystack", 2, "--samples", 3000, "--output", text)
@@ -129,7 +129,7 @@ def make_data(place):
         titans("data", "tokenizer", *source, "--output", tokenizer)
     columns = ["--prompt-column", "prompt", "--text-column", "answer"]
     common = ["--tokenizer", tokenizer, "--output"]
-    for some in (part.samples for part in (SHORT, LONG, ANYWHERE)):
+    for some in (part.samples for part in parts):
         rows, data = place / f"{some.name}.jsonl", place / some.name
         size = ["--length", some.length, "--samples", some.count, *["--bare"] * some.bare]
         if not rows.exists():
@@ -156,18 +156,18 @@ def make_model(name, trial, place, seed):
     return model
 
 
-def recall(model, multiples, samples):
+def recall(model, trained, multiples, samples):
     """The share of needles found in prompts of 1, 2, 4 … times the training length."""
     sizes = {at: samples if at <= FAR else min(FEW, samples) for at in multiples}
     out = model.with_name(f"{model.name}-needles")
     for count in sorted(set(sizes.values()), reverse=True):
-        some = [at * TRAINED + ANSWER for at in multiples if sizes[at] == count]
+        some = [at * trained + ANSWER for at in multiples if sizes[at] == count]
         lengths = ",".join(map(str, some))
         options = ["--tasks", "niah_pk", "--lengths", lengths, "--samples", count, "--batch", 10]
         titans("eval", model, out, *options)
     rows = json.loads((out / "report.json").read_text())["results"]
     found = {int(row["cell"]): row["result"]["accuracy"] for row in rows}
-    return {at: found[at * TRAINED + ANSWER] for at in multiples}
+    return {at: found[at * trained + ANSWER] for at in multiples}
 
 
 def draw(curves, path):
@@ -208,12 +208,12 @@ def main():
     place = options.directory.resolve()
     place.mkdir(parents=True, exist_ok=True)
     multiples = [int(text) for text in options.multiples.split(",")]
-    make_data(place)
     curves = {}
     for name in chosen:
         trial, label = trials[name], trials[name].label
+        make_data(place, trial.parts)
         model = make_model(name, trial, place, options.seed)
-        curves[label] = recall(model, multiples, options.samples)
+        curves[label] = recall(model, TRAINED, multiples, options.samples)
         told = " ".join(f"{at}x {100 * share:.0f} %" for at, share in curves[label].items())
         print(f"{label}: {told}", flush=True)
     if options.json:
