@@ -13,13 +13,25 @@ from titans_pretrain import cli
 
 READY = Path(__file__).resolve().parents[2] / "launchers/prepare.sbatch"
 TASKS, KILLED = 8, (1, 4, 6)
-# The tasks to be killed stop in the middle of their work, so that the kill finds them there.
-STOPPING = """#!/bin/bash
-case $SLURM_ARRAY_TASK_ID in {tasks}) ;; *) exec {python} "$@" ;; esac
-{python} "$@" &
-sleep $((SLURM_ARRAY_TASK_ID / 2))
-kill -STOP $!
-sleep 1000
+WRAPPER = """#!/bin/bash
+case $SLURM_ARRAY_TASK_ID in {tasks}) exec {python} {stopping} "$@" ;; *) exec {python} "$@" ;; esac
+"""
+# Tasks 1, 4 and 6 stop as they publish their first, second and third file: a kill finds them there.
+STOPPING = """
+import os, runpy, signal, sys
+
+left, publish = int(os.environ["SLURM_ARRAY_TASK_ID"]) // 3, os.replace
+
+def stop(source, target):
+    global left
+    if not left:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    left -= 1
+    publish(source, target)
+
+os.replace = stop
+sys.argv = sys.argv[sys.argv.index("-m") + 1 :]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
@@ -54,8 +66,10 @@ def test_the_same_command_again_does_what_killed_tasks_left(slurm, corpus, tmp_p
         assert not cli.main(prepare)
     monkeypatch.setenv("OUTPUT", str(output))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    python = tmp_path / "python"
-    python.write_text(STOPPING.format(tasks="|".join(map(str, KILLED)), python=sys.executable))
+    python, stopping = tmp_path / "python", tmp_path / "stopping.py"
+    stopping.write_text(STOPPING)
+    tasks = "|".join(map(str, KILLED))
+    python.write_text(WRAPPER.format(tasks=tasks, python=sys.executable, stopping=stopping))
     python.chmod(0o755)
     monkeypatch.setenv("TITANS_PYTHON", str(python))
     command = [f"--array=0-{TASKS - 1}%3", f"--output={tmp_path}/%A_%a.log", str(READY)]

@@ -1,5 +1,6 @@
 import json
 import socket
+import time
 
 import pytest
 
@@ -205,7 +206,10 @@ def test_evaluations_have_an_axis_of_their_own(tmp_path, wandb_environment):
     log.close()
     assert told == []
     (path,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"evaluation/*" in path.read_bytes()
+    limit = time.monotonic() + 60  # wandb's own process writes it
+    while b"evaluation/*" not in path.read_bytes():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
 
 
 def test_an_unreachable_wandb_is_told_once_without_the_key_and_changes_nothing(
