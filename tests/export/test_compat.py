@@ -79,7 +79,7 @@ def run(python, checks, directories):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-ALL, SLOW = tuple(VARIANTS), pytest.mark.slow
+ALL, SLOW = tuple(VARIANTS), (pytest.mark.slow, pytest.mark.timeout(1800))
 
 
 @pytest.mark.parametrize(
