@@ -152,7 +152,7 @@ def data_babilong(options: argparse.Namespace) -> None:
         options.facts,
         babilong_context.Background(options.background),
         wanted,
-        tell=lambda line: print(line, file=sys.stderr, flush=True),
+        tell=_tell,
     )
     print(f"{options.output}: {options.samples} documents of {options.length} tokens")
 
@@ -179,22 +179,19 @@ def data_needle(options: argparse.Namespace) -> None:
     template = needle_text.BARE if options.bare else needle_text.TEMPLATE
     haystack = needle_text.haystack(options.kind, options.essays, template)
     wanted = needle_training.Documents(
-        length=options.length or 0,
-        samples=options.samples,
-        bos=options.bos,
-        seed=options.seed,
+        length=options.length or 0, samples=options.samples, bos=options.bos, seed=options.seed
     )
-
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     if options.haystack is not None:
-        needle_training.write_sized(options.output, haystack, options.haystack, wanted, tell)
+        needle_training.write_sized(options.output, haystack, options.haystack, wanted, _tell)
         print(f"{options.output}: {options.samples} documents")
         return
     model = tokenizer.Tokenizer(options.tokenizer)
-    needle_training.write(options.output, model, haystack, wanted, tell)
+    needle_training.write(options.output, model, haystack, wanted, _tell)
     print(f"{options.output}: {options.samples} documents of {options.length} tokens")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _typed(options: argparse.Namespace) -> bool:
