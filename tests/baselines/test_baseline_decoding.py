@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_baseline import SIZE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast
 
@@ -16,18 +17,7 @@ from titans_pretrain.model.cache import TitansCache
 from titans_pretrain.model.configuration_baseline import KINDS, BaselineConfig
 from titans_pretrain.model.modeling_baseline import BaselineForCausalLM
 
-SIZE = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 2,
-    "intermediate_size": 24,
-    "window_size": 5,
-    "chunk_size": 4,
-    "mini_batch_size": 4,
-    "state_size": 4,
-    "initializer_range": 0.15,
-}
+SIZE = SIZE | {"initializer_range": 0.15}
 MIXED = {"mixers": ["mamba2", "ttt_mlp", "gated_deltanet", "window"], "num_hidden_layers": 4}
 RMT = {"mixers": ["window"], "window_size": 32, "memory_embeddings": 2, "segment_length": 6}
 MODELS = {kind: {"mixers": [kind]} for kind in KINDS} | {"mixed": MIXED, "rmt": RMT}

@@ -8,6 +8,7 @@ import mamba_ssm_weights
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_baseline import SIZE
 
 from titans_pretrain.model.configuration_baseline import KINDS, BaselineConfig
 from titans_pretrain.model.modeling_baseline import (
@@ -17,19 +18,6 @@ from titans_pretrain.model.modeling_baseline import (
     make_mixer,
 )
 from titans_pretrain.model.recurrences import by_chunks
-
-SIZE = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 2,
-    "intermediate_size": 24,
-    "window_size": 5,
-    "chunk_size": 4,
-    "mini_batch_size": 4,
-    "state_size": 4,
-    "initializer_range": 0.3,
-}
 
 
 def token_by_token(queries, keys, values, log_decay, write=None):
