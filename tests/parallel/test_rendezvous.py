@@ -1,3 +1,4 @@
+import os
 import socket
 from datetime import timedelta
 
@@ -108,3 +109,13 @@ def test_a_restart_by_torchrun_does_not_meet_the_keys_of_the_last(rank):
         kept.set(f"titans/0/titans/{key}", value)
     with pytest.raises(MissingRanks, match="rank 1 on an unknown host did not come"):
         meet(tuple)
+
+
+def test_a_launcher_s_socket_is_taken_whoever_else_would_have_its_port(rank, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        handed = os.dup(listener.fileno())
+        rank(0, 1, MASTER_PORT=listener.getsockname()[1])
+        monkeypatch.setenv("TITANS_LISTENER", str(handed))
+        store = meet(tuple)
+    assert store.get("titans/rank-0").decode() == socket.gethostname()
+    assert "TITANS_LISTENER" not in os.environ

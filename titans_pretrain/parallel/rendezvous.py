@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from titans_pretrain.errors import STOPPED, TitansError
+from titans_pretrain.parallel import LISTENER
 
 PATIENCE = timedelta(minutes=10)
 LINGER_SECONDS = 15.0
@@ -75,6 +76,7 @@ def _store(rank: int, ranks: int, patience: timedelta) -> Any:
             timeout=patience,
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=_inherited() if rank == 0 else None,
         )
     except dist.DistError as error:
         where = f"start of rank {rank} on {socket.gethostname()}"
@@ -91,6 +93,15 @@ def _store(rank: int, ranks: int, patience: timedelta) -> Any:
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"titans/{restart}", store)  # type: ignore[attr-defined]
     return store
+
+
+def _inherited() -> int | None:
+    """The socket at MASTER_PORT that the launcher of this rank 0 listens at for it, if it does."""
+    number = os.environ.pop(LISTENER, None)
+    if number is None:
+        return None
+    os.set_inheritable(int(number), False)
+    return int(number)
 
 
 def _missing(

@@ -23,7 +23,7 @@ from launchers import slurm_utils
 from titans_pretrain import errors
 from titans_pretrain.config import RunConfig
 from titans_pretrain.errors import StoppedEarly, TitansError, UserError
-from titans_pretrain.parallel import mesh
+from titans_pretrain.parallel import LISTENER, mesh
 from titans_pretrain.train.directory import RunDirectory
 from titans_pretrain.train.signals import ASKING, StopRequest, on_asking
 
@@ -161,33 +161,35 @@ def start(arguments: Sequence[str], ranks: int, stop: StopRequest) -> int:
 
     A signal that came meanwhile is passed on to them.
     """
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     local = []
-    for rank in range(ranks):
-        environment = {
-            "OMP_NUM_THREADS": str(threads),
-            "GLOO_SOCKET_IFNAME": "lo",  # where MASTER_ADDR is, whatever the host's name means
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            LAUNCHER: str(os.getpid()),
-        }
-        complaints = _complaints()
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "titans_pretrain.cli", *arguments],
-            env=environment,
-            stdout=None if rank == 0 else complaints,
-            stderr=complaints,
-            start_new_session=True,  # Ctrl-C reaches the ranks through the launcher only
-        )
-        local.append(LocalRank(rank, process, complaints))
+    # rank 0 inherits the socket: a port that is let go for a moment may be another's
+    with socket.create_server(("127.0.0.1", 0), backlog=max(ranks, 128)) as listener:
+        for rank in range(ranks):
+            environment = {
+                "OMP_NUM_THREADS": str(threads),
+                "GLOO_SOCKET_IFNAME": "lo",  # where MASTER_ADDR is, whatever the host's name means
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(listener.getsockname()[1]),
+                LAUNCHER: str(os.getpid()),
+            }
+            if rank == 0:
+                environment[LISTENER] = str(listener.fileno())
+            complaints = _complaints()
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "titans_pretrain.cli", *arguments],
+                env=environment,
+                stdout=None if rank == 0 else complaints,
+                stderr=complaints,
+                start_new_session=True,  # Ctrl-C reaches the ranks through the launcher only
+                pass_fds=[listener.fileno()] if rank == 0 else [],
+            )
+            local.append(LocalRank(rank, process, complaints))
     watch = _Watch(local)
     if stop.name:
         watch.pass_on(signal.Signals[stop.name], None)
