@@ -54,7 +54,7 @@ test: $(READY)
 
 test-full: $(READY)
 	$(BIN)/pytest -n 2
-	$(BIN)/python tests/benchmarks/wavefront.py --forward-ms 40 --backward-ms 80 --check 1.1
+	$(BIN)/titans bench wavefront --forward-ms 40 --backward-ms 80 --check 1.1
 	$(BIN)/python tests/benchmarks/long_sequence.py --check 1.3
 
 bench-data: $(READY)

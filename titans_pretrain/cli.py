@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from titans_pretrain import cli_data, cli_model, cli_slurm, errors, terminal
+from titans_pretrain import cli_bench, cli_data, cli_model, cli_slurm, errors, terminal
 from titans_pretrain.cli_types import natural, positive
 
 
@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_model.add(verbs)
     _add_report(verbs)
     cli_slurm.add(verbs)
+    cli_bench.add(verbs)
     return parser
 
 

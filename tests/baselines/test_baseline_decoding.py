@@ -15,6 +15,7 @@ from titans_pretrain.export import huggingface
 from titans_pretrain.inference.prefill import new_cache, prefill
 from titans_pretrain.model.cache import TitansCache
 from titans_pretrain.model.configuration_baseline import KINDS, BaselineConfig
+from titans_pretrain.model.mamba_mixers import selective_scan
 from titans_pretrain.model.modeling_baseline import BaselineForCausalLM
 
 SIZE = SIZE | {"initializer_range": 0.15}
@@ -181,6 +182,74 @@ def test_an_export_brings_all_it_needs_and_decodes_token_by_token(fields, tmp_pa
     columns = columns_of_calls(loaded, monkeypatch)
     assert torch.equal(loaded.generate(ids, **settings), wanted)
     assert columns == [6, 1, 1, 1]
+
+
+def test_weights_that_lie_on_disk_until_they_are_needed_change_nothing(model, tmp_path):
+    ids = tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    names = [
+        "embed_tokens",
+        "layers",
+        "norm",
+        *(["memory"] if hasattr(model.model, "memory") else []),
+    ]
+    places = {f"model.{name}": "disk" for name in names} | {"lm_head": "disk"}
+    loaded = BaselineForCausalLM.from_pretrained(
+        tmp_path, device_map=places, offload_folder=tmp_path / "off"
+    ).eval()
+    assert all(p.is_meta for p in loaded.parameters())
+    check(whole(loaded, ids), whole(model, ids))
+    check(in_parts(loaded, ids, [7, 1, 1])[0], whole(model, ids))
+
+
+@torch.inference_mode()
+def test_rmt_may_begin_on_another_device_than_its_tokens(monkeypatch):
+    model, ids = make(RMT), tokens(2, 9)
+    memory = copy.deepcopy(model.model.memory)
+    model.to("meta").model.memory = memory
+    assert model(ids.to("meta"), use_cache=False).logits.is_meta
+    monkeypatch.setattr(
+        torch.compiler, "is_compiling", lambda: True
+    )  # asks no tensor: meta has none
+    assert model(ids.to("meta"), use_cache=True).past_key_values.layers[0].state["memory"].is_meta
+
+
+def test_a_graph_gives_the_same_with_room_for_what_it_cannot_ask(model, monkeypatch):
+    ids, mask = tokens(2, 17), torch.ones(2, 17, dtype=torch.long)
+    mask[0, :4] = 0
+    wanted, _ = in_parts(model, ids, [9, 6, 1, 1], mask)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found, _ = in_parts(model, ids, [9, 6, 1, 1], mask)
+    check(found[mask.bool()], wanted[mask.bool()])
+
+
+def test_mambas_recurrence_is_one_graph_for_lengths_known_by_their_bounds():
+    torch.compiler.reset()
+    compiled = torch.compile(selective_scan, backend="eager", fullgraph=True, dynamic=True)
+    for time in (9, 11):
+        x, steps = torch.randn(2, 1, time, 6)
+        given = x, steps.abs(), -torch.ones(6, 3), *torch.randn(2, 1, time, 3)
+        for found, wanted in zip(compiled(*given), selective_scan(*given), strict=True):
+            check(found, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mamba", "rmt"])
+@torch.no_grad()
+def test_calls_with_a_cache_are_one_graph(name):
+    model = make(MODELS[name] | {"num_hidden_layers": 1})
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for columns in (9, 17):
+        ids, mask = tokens(2, columns), torch.ones(2, columns, dtype=torch.long)
+        mask[0, :3] = 0
+        found, wanted = (m(ids, attention_mask=mask, use_cache=True) for m in (compiled, model))
+        check(found.logits[mask.bool()], wanted.logits[mask.bool()])
+        after = [
+            m(ids[:, -1:], past_key_values=out.past_key_values).logits
+            for m, out in ((compiled, found), (model, wanted))
+        ]
+        check(*after)
 
 
 def test_answers_to_long_prompts_are_read_in_pieces(mixed, monkeypatch):

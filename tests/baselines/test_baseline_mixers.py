@@ -165,8 +165,8 @@ def test_ttt_reads_what_gradients_of_its_inner_loss_by_autograd_would_have_taugh
         torch.nn.init.normal_(parameter, std=0.4)
     queries, keys, values = torch.randn(3, 1, 2, 4, 16)
     rates = torch.rand(1, 2, 4, 1)
-    weights, biases = list(layer.inner_weights), list(layer.inner_biases)
-    pairs = list(zip(weights, biases, strict=True))
+    pairs = layer.inner()
+    weights, biases = zip(*pairs, strict=True)
     read, after = layer._mini_batch(pairs, queries, keys, values, rates)
     leaves = [part.detach().clone().requires_grad_() for part in (*weights, *biases)]
     half = len(weights)
@@ -205,8 +205,8 @@ def plain_ttt(block, x):
     q, k = (plain_rotation(part, positions)[0] for part in (q, k))
     v = split(layer.v_proj(normed), 2)[0]
     rates = 0.7 / 16 * torch.sigmoid(layer.rate_proj(normed))[0].T[:, :, None]
-    half = len(layer.inner_weights)
-    start = [part.detach() for part in (*layer.inner_weights, *layer.inner_biases)]
+    weights, biases = zip(*layer.inner(), strict=True)
+    half, start = len(weights), [part.detach() for part in (*weights, *biases)]
     outputs, moved = [], start
     for t in range(x.shape[1]):
         place = int(positions[t])
@@ -255,6 +255,16 @@ def test_ttt_begins_with_convolutions_without_bias_cut_at_two_deviations():
     for convolution in (block.before.convolution, block.mixer.q_conv, block.mixer.k_conv):
         assert not convolution.bias.any()
         assert 0.5 < float(convolution.weight.abs().max()) < 1.14  # torch's own end at 0.5
+
+
+@pytest.mark.parametrize("kind", ["ttt_linear", "ttt_mlp"])
+def test_the_inner_model_of_ttt_begins_as_a_layer_does(kind):
+    torch.manual_seed(0)
+    fields = SIZE | {"mixers": [kind], "num_hidden_layers": 1}
+    (block,) = BaselineForCausalLM(BaselineConfig(**fields)).model.layers
+    for weight, bias in block.mixer.inner():
+        assert float(weight.std()) == pytest.approx(SIZE["initializer_range"], rel=0.15)
+        assert not bias.any()
 
 
 def test_gated_deltanet_begins_with_scales_uniform_to_sixteen():
@@ -391,7 +401,21 @@ def test_rmt_carries_its_memory_over_segments():
     [
         ({"mixers": ["gated_deltnet"]}, "use names out of retnet"),
         ({"num_heads": 5}, "no multiple of 8"),
+        ({"mixers": None}, "use names out of retnet"),
+        ({"num_heads": 0}, "num_heads 0 is less than 1"),
+        ({"hidden_size": 0}, "hidden_size 0 is less than 1"),
+        ({"intermediate_size": 0}, "intermediate_size 0 is less than 1"),
+        ({"vocab_size": 0}, "vocab_size 0 is less than 1"),
         ({"chunk_size": 0}, "chunk_size 0 is less than 1"),
+        ({"window_size": None}, "window_size None is no whole number"),
+        ({"rope_theta": 0.0}, "rope_theta 0.0 is no finite number above 0"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0 is no finite number above 0"),
+        ({"inner_learning_rate": None}, "inner_learning_rate None is no finite number"),
+        ({"initializer_range": math.inf}, "initializer_range inf is no finite number"),
+        (
+            {"mixers": ["mamba2"], "hidden_size": 72, "num_heads": 1, "expand": 1},
+            r"hidden_size 72 \* expand 1 is no multiple of mamba2's head width 64",
+        ),
         ({"memory_embeddings": -1}, "memory_embeddings -1 is less than 0"),
         ({"memory_embeddings": 2}, "memory_embeddings need mixers"),
         (MODELS["rmt"] | {"window_size": 9}, "9 does not reach .* 10 is the smallest"),

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import mamba_ssm_weights
 import pytest
@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from titans_pretrain import cli, config
-from titans_pretrain.baselines import foreign
+from titans_pretrain.baselines import foreign, gpu_packages
 from titans_pretrain.errors import UserError
 from titans_pretrain.model.configuration_baseline import BaselineConfig
 from titans_pretrain.plan import parameters
@@ -124,6 +124,16 @@ def test_classes_that_do_not_give_the_same_twice_are_refused(model, why):
         ({"hf": 3}, "3 is no name", "give a model_type, or module:Class"),
         ({"hf": "torch.nn:Linear"}, "no causal language model of Hugging", "ends in ForCausalLM"),
         ({"hf": "t5"}, "knows no causal language model 't5'", "give a model_type"),
+        (
+            {"hf": "titans_pretrain.model.modeling_baseline:BaselineForCausalLM"},
+            "this package's own class, under another name",
+            "use hf: titans_baseline, or model.variant",
+        ),
+        (
+            {"hf": "titans_pretrain.model.modeling_titans:TitansForCausalLM"},
+            "this package's own class, under another name",
+            "use hf: titans_baseline, or model.variant",
+        ),
         ({"hf": "no_such_package:Model"}, "needs the package 'no_such_package'", "install no_such"),
     ],
 )
@@ -137,6 +147,8 @@ def test_a_mistake_is_told_with_its_fix(change, what, fix):
 
 def test_a_package_of_the_gpu_extra_that_is_missing_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "fla", None)
+    nowhere = SimpleNamespace(find_spec=lambda _: None)
+    monkeypatch.setattr(gpu_packages, "PathFinder", nowhere)
     with pytest.raises(UserError, match="needs the package 'fla'") as caught:
         run({"hf": "fla.models:GLAForCausalLM"})
     assert caught.value.fix == "pip install 'titans-pretrain[gpu]'"

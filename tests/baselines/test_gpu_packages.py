@@ -11,6 +11,7 @@ import torch
 
 from titans_pretrain import cli_model
 from titans_pretrain.baselines import foreign, gpu_packages
+from titans_pretrain.errors import UserError
 from titans_pretrain.evaluate import loaded, of_checkpoint
 from titans_pretrain.inference import generate
 
@@ -81,6 +82,26 @@ def test_a_package_that_is_asked_for_by_name_stays(monkeypatch):
     assert "mamba_ssm" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("outer", "told", "fix"),
+    [
+        ("cpu", "GPU kernels, which no CPU runs", "use --device cuda"),
+        ("cuda", "needs the package 'fla'", "pip install 'titans-pretrain[gpu]'"),  # not all there
+    ],
+)
+def test_layers_that_are_kernels_are_refused_where_the_cpu_is_asked_for(
+    outer, told, fix, tmp_path, monkeypatch
+):
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "fla", raising=False)
+    with gpu_packages.for_device(outer), pytest.raises(UserError, match=told) as caught:
+        foreign.classes("fla.models:GLAForCausalLM")
+    assert caught.value.fix.startswith(fix)
+    sys.modules.pop("fla", None)
+
+
 @pytest.mark.parametrize(("device", "hidden"), [("cpu", True), ("cuda", False)])
 def test_a_model_that_goes_to_the_cpu_is_loaded_without_them(device, hidden, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -108,7 +129,7 @@ def test_all_of_an_evaluation_on_the_cpu_does_without_them(monkeypatch):
     monkeypatch.setattr(
         of_checkpoint, "evaluate", lambda *_, **__: seen.append({**sys.modules}) or found
     )
-    for device, hidden in (("cpu", True), ("cuda:1", False)):
+    for device, hidden in (("cpu", True), ("cpu:0", True), ("cuda:1", False)):
         options = SimpleNamespace(config=Path("c"), checkpoint=Path("step-1"), device=device)
         cli_model.evaluate_checkpoint(options)
         assert [known.get("mamba_ssm", 0) is None for known in seen] == [hidden, hidden]

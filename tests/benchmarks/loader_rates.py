@@ -1,34 +1,22 @@
-"""Builds and reads a token stream with one loader, in a process of its own; see data_loader.py.
+"""Loaders of other libraries, as contenders of ``titans bench data``; see data_loader.py.
 
-``build LOADER FOLDER`` makes the loader's files of ``FOLDER/raw.bin``; ``read LOADER FOLDER`` reads
-all tokens twice as int64 tensors and prints the tokens and the second pass's processor seconds.
+Run by the interpreter that has them. ``build LOADER FOLDER`` makes a loader's files of the stream
+in a folder.
 """
 
-import json
 import sys
-import time
-from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-SPAN = 4096
-SEQUENCES = 64  # of a batch of ours: 2^18 tokens, as in a member of our tars
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE.parents[1]), str(HERE)]  # this project's, whose names others may have
+
+from titans_pretrain.bench.loaders import SPAN, as_tensor, passes, shuffled, spans  # noqa: E402
+
 PARTS = 8  # that litdata is given the stream in
-
-
-def spans(folder):
-    """The raw stream, (spans, SPAN)."""
-    return np.memmap(folder / "raw.bin", np.uint16, "r").reshape(-1, SPAN)
-
-
-def shuffled(count):
-    return np.random.default_rng(0).permutation(count).tolist()
-
-
-def as_tensor(array):
-    return torch.from_numpy(array.astype(np.int64))
 
 
 def build_mosaic(folder):
@@ -41,8 +29,6 @@ def build_mosaic(folder):
 
 
 def build_litdata(folder):
-    from functools import partial
-
     from litdata import optimize
     from litdata.streaming.item_loader import TokensLoader
 
@@ -59,29 +45,6 @@ def build_litdata(folder):
 def litdata_part(folder, part):
     for span in np.array_split(spans(folder), PARTS)[part]:
         yield torch.from_numpy(span.astype(np.int32))
-
-
-def raw_sequential(folder):
-    found = spans(folder)
-    return lambda: (as_tensor(span) for span in found)
-
-
-def raw_random(folder):
-    found = spans(folder)
-    order = shuffled(len(found))
-    return lambda: (as_tensor(found[index]) for index in order)
-
-
-def webdataset(folder):
-    from webdataset import WebDataset
-
-    tars = sorted(map(str, (folder / "ours").glob("*.tar")))
-
-    def read():
-        samples = WebDataset(tars, shardshuffle=False, empty_check=False).decode()
-        return (as_tensor(sample["npy"]) for sample in samples)
-
-    return read
 
 
 def mosaic(folder):
@@ -114,63 +77,20 @@ def litdata_tokens(folder):
     return lambda: (span.long() for span in data)
 
 
-def ours(*, check, workers):
-    def opened(folder):
-        from titans_pretrain.data.loader import SequenceLoader
-        from titans_pretrain.data.mixture import Corpus
-        from titans_pretrain.data.prefetch import ReadAhead
-
-        corpus = Corpus.open([(str(folder / "ours/manifest.json"), 1.0)], check=check)
-        loader = SequenceLoader(corpus, sequence_length=SPAN, seed=0, validation_fraction=0)
-
-        def batch(step, position):
-            return loader.batch(step=step, position=position, sequences=SEQUENCES, rank=0, ranks=1)
-
-        tokens = SEQUENCES * SPAN
-        steps = len(spans(folder)) // SEQUENCES
-        rounds = iter(range(10**6))
-
-        def read():
-            first = next(rounds) * steps
-            ahead = ReadAhead(batch, tokens=tokens, steps=first + steps, workers=workers)
-            return (
-                ahead.take(step, step * tokens).tokens[:, 1:]
-                for step in range(first, first + steps)
-            )
-
-        return read
-
-    return opened
-
-
 BUILDERS = {"mosaic": build_mosaic, "litdata": build_litdata}
-READERS: dict[str, Callable[[Path], Callable[[], Iterable[torch.Tensor]]]] = {
-    "raw-sequential": raw_sequential,
-    "raw-random": raw_random,
-    "webdataset": webdataset,
+READERS = {
     "mosaic-iterate": mosaic_iterate,
     "mosaic-random": mosaic_random,
     "litdata": litdata_tokens,
-    "ours-0": ours(check=False, workers=0),
-    "ours-1": ours(check=False, workers=1),
-    "ours-checked-0": ours(check=True, workers=0),
-    "ours-checked-1": ours(check=True, workers=1),
 }
 
 
-def measure(reader):
-    """Tokens of a pass, and the processor seconds of all this process's threads in the second."""
-    for _ in range(2):
-        started = time.process_time()
-        tokens = sum(part.numel() for part in reader())
-        seconds = time.process_time() - started
-    return {"tokens": tokens, "seconds": seconds}
+def build(options):
+    """A loader as a contender, see ``titans_pretrain/bench/worker.py``."""
+    folder = Path(options["folder"])
+    return passes(READERS[options["loader"]](folder), folder)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    verb, name, place = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    if verb == "build":
-        BUILDERS[name](place)
-    else:
-        print(json.dumps(measure(READERS[name](place))))
+    BUILDERS[sys.argv[2]](Path(sys.argv[3]))

@@ -166,8 +166,10 @@ def recall(model, trained, multiples, samples):
         options = ["--tasks", "niah_pk", "--lengths", lengths, "--samples", count, "--batch", 10]
         titans("eval", model, out, *options)
     rows = json.loads((out / "report.json").read_text())["results"]
-    found = {int(row["cell"]): row["result"]["accuracy"] for row in rows}
-    return {at: found[at * trained + ANSWER] for at in multiples}
+    found = {  # beside the asked ones lie those of other numbers of samples
+        (int(row["cell"]), row["identity"]["samples"]): row["result"]["accuracy"] for row in rows
+    }
+    return {at: found[at * trained + ANSWER, sizes[at]] for at in multiples}
 
 
 def draw(curves, path):

@@ -10,7 +10,7 @@ from tensor_cases import VOCABULARY, build_model
 
 from titans_pretrain.data.loader import Batch
 from titans_pretrain.model import fields
-from titans_pretrain.parallel import devices, sequence_comm, tensor
+from titans_pretrain.parallel import devices, loss_head, sequence_comm, tensor
 from titans_pretrain.parallel.construct import construct
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.parallelize import Parallel
@@ -81,9 +81,9 @@ def one_step(parallel, form, checkpointing):
     model = model_of(form, checkpointing)
     parallel.apply(model, "")
     ids, starts = parallel.span(tokens()), parallel.span(starts_of(BEGINS))
-    with parallel.replay.recording(0):
+    with parallel.replay.recording(0), loss_head.find(model).answering(ids[:, 1:]):
         out = model(input_ids=ids[:, :-1], document_starts=starts, use_cache=False)
-        losses = parallel.cross_entropy(out.logits, ids[:, 1:])
+    losses = out.logits[..., 0]
     with parallel.replay.recomputing(0):
         losses.sum().backward()
     parallel.links.drain()
@@ -124,9 +124,9 @@ def input_gradient(parallel, variant):
     ids = parallel.span(tokens())
     starts = parallel.span(starts_of([[LENGTH // 2]] * len(BEGINS)))
     inputs = model.model.embed_tokens(ids[:, :-1]).detach().requires_grad_()
-    out = model(inputs_embeds=inputs, document_starts=starts, use_cache=False)
-    losses = parallel.cross_entropy(out.logits, ids[:, 1:])
-    (losses.sum() * (parallel.links.ranks["next"] is None)).backward()
+    with loss_head.find(model).answering(ids[:, 1:]):
+        out = model(inputs_embeds=inputs, document_starts=starts, use_cache=False)
+    (out.logits.sum() * (parallel.links.ranks["next"] is None)).backward()
     parallel.links.drain()
     return inputs.grad
 

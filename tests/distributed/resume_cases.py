@@ -17,7 +17,7 @@ from titans_pretrain.train.directory import RunDirectory
 from titans_pretrain.train.signals import StopRequest
 from titans_pretrain.train.trainer import Trainer
 
-CLOCK = ("seconds", "tokens_per_second")
+CLOCK = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
 
 
 def sections(manifest, directory, variant, sizes=(1, 1, 1), *, steps, rows=8):

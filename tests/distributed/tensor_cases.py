@@ -95,13 +95,14 @@ def on_this_rank(groups, fields, dtype=torch.float64, lively=True, checkpointing
     with mock.patch.dict(tensor._ROLES, roles):
         tensor.split(model, "", groups, replay)
     ids, targets, weights = batch()
-    with replay.recording(0), counting() as forward:
+    with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
-        losses = tensor.cross_entropy(logits, targets, groups)
+    with replay.recording(0), counting() as forward, model.lm_head.answering(targets):
+        losses = model(input_ids=ids, use_cache=False).logits[..., 0]
     with replay.recomputing(0), counting() as backward:
         (losses * weights).sum().backward()
     return {
-        "logits": logits.detach(),
+        "logits": logits,
         "losses": losses.detach(),
         "gradients": {
             name: (parameter.grad, tensor.logical(parameter, groups))

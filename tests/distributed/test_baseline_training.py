@@ -169,6 +169,50 @@ def test_in_bfloat16_rotary_frequencies_keep_their_precision(manifest, tmp_path)
     assert logits == torch.bfloat16
 
 
+def losses_and_logits(settings):
+    """Of one sequence by an engine, its gradient's norm, and whether the head gave the losses."""
+    grid = mesh.plan(devices.ranks(), settings.mesh, settings.train)
+    engine = build_engine(settings, Parallel(grid, devices.rank()), torch.device("cpu"))
+    ids = torch.arange(17)[None]
+    losses = engine.losses(ids[:, :-1], ids[:, 1:])
+    engine.backward(losses.sum())
+    norm = engine.gradient_norm()
+    with torch.no_grad():
+        logits = engine.forward(ids[:, :-1])
+    return losses.detach(), norm, logits, engine._loss_head() is not None
+
+
+BOUNDED = {
+    **SIZE,
+    "hf": "gemma2",
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 24,
+    "final_logit_softcapping": 0.05,
+}
+
+
+def of_each(runs):
+    return [losses_and_logits(settings) for settings in runs]
+
+
+def test_losses_are_those_of_the_logits_that_come_out(manifest, tmp_path):
+    llama = configuration(manifest, tmp_path, "llama", global_batch_size=1)
+    bounded = llama.model_copy(update={"model": foreign.resolve(BOUNDED)})
+    (results,) = run_ranks(of_each, 1, [llama, bounded])
+    assert [by_the_head for *_, by_the_head in results] == [True, False]
+    targets = torch.arange(1, 17)
+    for settings, (losses, norm, logits, _) in zip([llama, bounded], results, strict=True):
+        expected = torch.nn.functional.cross_entropy(logits[0], targets, reduction="none")
+        torch.testing.assert_close(losses[0], expected, rtol=0, atol=1e-6)
+        alone = construct(settings.model, settings.train.seed)
+        own = alone(input_ids=torch.arange(16)[None]).logits[0]
+        torch.nn.functional.cross_entropy(own, targets, reduction="sum").backward()
+        whole = torch.stack([parameter.grad.norm() for parameter in alone.parameters()]).norm()
+        assert norm == pytest.approx(float(whole), rel=1e-5)
+
+
 def test_initial_weights_are_those_of_the_class_for_the_seed(manifest, tmp_path):
     settings = configuration(manifest, tmp_path, "mamba2")
     torch.manual_seed(5)

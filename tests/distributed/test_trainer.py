@@ -94,7 +94,7 @@ def timeless(settings):
     """A run's rows without what depends on the clock, once all ranks are there."""
     devices.gather_objects(None)
     lines = RunDirectory(Path(settings.run.directory)).metrics.read_text().splitlines()
-    clock = ("seconds", "tokens_per_second")
+    clock = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 

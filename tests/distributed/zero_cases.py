@@ -98,8 +98,7 @@ def passes(engine, parallel, train, step, interleaved=True):
         part = slice(first + micro * rows, first + (micro + 1) * rows)
         span, counted = parallel.span(tokens[part]), parallel.span(mask[part])
         if kind == "forward":
-            logits = engine.forward(span[:, :-1], micro)
-            losses = parallel.cross_entropy(logits, span[:, 1:])
+            losses = engine.losses(span[:, :-1], span[:, 1:], micro)
             summed[micro] = loss.token_loss_sum(losses, counted)
             total += summed[micro].item() / mesh.tensor
         else:

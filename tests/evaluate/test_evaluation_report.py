@@ -112,6 +112,19 @@ def test_table_1_has_a_row_for_each_length_and_the_most_samples_of_each_task(mod
     assert len(row(page, "piqa")) == 3
 
 
+@pytest.mark.parametrize("other", ["documents", "lm_eval", "version"])
+def test_more_samples_of_other_questions_do_not_outrank_the_newest(model, other):
+    old, new = ({other: name} for name in ("old", "new"))
+    cells = [
+        cell("piqa", acc=0.6, max_length=64, samples=1838, more=new),
+        cell("piqa", acc=0.9, max_length=64, samples=2000, more=old),
+        cell("piqa", acc=0.5, max_length=64, samples=3, more=new),
+    ]
+    (ours,) = report_tables.compare(model, cells, paper_size=None)["table_1"]["ours"]
+    assert ours["values"][paper.columns().index("piqa")] == 60.0
+    assert ours["settings"]["piqa"][other] == "new"
+
+
 def test_needles_of_other_settings_are_rows_of_their_own(model):
     cells = [
         cell("niah_pk", "2048", accuracy=1.0, more={"seed": 0}),
@@ -181,12 +194,39 @@ def test_questions_of_other_facts_are_not_mixed(model):
     old, new = {"facts": "a" * 64}, {"facts": "b" * 64}
     cells = [
         cell("babilong_qa1", "1k", accuracy=0.1, more=old),
-        cell("babilong_qa1", "1k", accuracy=0.2, more=new),
         cell("babilong_qa1", "2k", accuracy=0.3, more=old),
-        cell("babilong_qa1", "2k", accuracy=0.4, more=new),
+        cell("babilong_qa1", "1k", accuracy=0.2, more=new),
     ]
     page = report.page(report_tables.compare(model, cells, paper_size=None))
-    assert [ours[1:] for ours in row(page, "**this model**")] == [["20.00", "40.00"]]
+    wanted = [["20.00", "-"], ["10.00", "30.00"]]  # the newest first
+    assert [ours[1:] for ours in row(page, "**this model**")] == wanted
+    assert "(1) qa1; samples 10, facts bbbbbbbb; samples by length: 1k 10." in page
+    assert "(2) qa1; samples 10, facts aaaaaaaa; samples by length: 1k 10, 2k 10." in page
+
+
+def test_questions_whose_facts_were_not_corrected_stand_beside_old_ones_and_new_ones(model):
+    def asked(number, at, accuracy, facts):
+        return cell(f"babilong_qa{number}", at, accuracy=accuracy, more={"facts": facts * 64})
+
+    cells = [
+        *(asked(n, at, 0.1, str(n)) for n in range(1, 6) for at in ("4k", "8k")),
+        asked(1, "4k", 0.6, "a"),
+        asked(6, "2k", 0.7, "6"),
+    ]
+    found = report_tables.compare(model, cells, paper_size=None)
+    (part,) = found["figure_6"]
+    rows = [
+        (len(one["questions"]), one["settings"]["facts"][0][0], sorted(one["cells"]))
+        for one in part["ours"]
+    ]
+    assert rows == [
+        (5, "a", ["4k"]),
+        (4, "2", ["8k"]),
+        (1, "6", ["2k"]),
+        (5, "1", ["4k", "8k"]),
+    ]
+    values = [round(one["accuracy"], 6) for ours in part["ours"] for one in ours["cells"].values()]
+    assert values == [20, 10, 70, 10, 10]
 
 
 def test_a_fine_tuned_model_stands_beside_fine_tuned_ones(model):

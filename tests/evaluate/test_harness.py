@@ -103,6 +103,21 @@ def test_errors_of_the_hubs_client_are_of_the_hub():
     assert not harness._is_of_the_hub(KeyError("piqa"))
 
 
+def test_an_error_of_any_kind_that_the_hubs_client_raises_is_of_the_hub(monkeypatch, tmp_path):
+    import lm_eval.tasks
+    from datasets.packaged_modules.cache.cache import Cache
+
+    def load(*_):  # as without a connection
+        Cache(str(tmp_path), "aps/super_glue", "boolq", version="auto", hash="auto")
+
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "load", load)
+    with pytest.raises(
+        UserError, match="data of boolq cannot be reached: ValueError: Could"
+    ) as caught:
+        open_one("boolq")
+    assert "--task-data" in caught.value.fix
+
+
 def test_a_maximal_length_beyond_the_models_positions_is_refused(data):
     task = open_one("piqa", task_data=data)
     task.check(64)

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from titans_pretrain import cli
 from titans_pretrain.checkpoint import manifest as manifests
 from titans_pretrain.data.loader import Batch
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import Misfit, TitansError, UserError
 from titans_pretrain.evaluate import heldout
 from titans_pretrain.evaluate.heldout import Choice
 
@@ -76,7 +76,7 @@ def test_all_held_out_sequences_are_scored_unless_told_otherwise(trained, manife
 
 
 def test_a_share_that_holds_trained_tokens_is_refused(trained, manifest, tmp_path):
-    with pytest.raises(UserError, match=r"0\.06 holds tokens that the model was trained on"):
+    with pytest.raises(Misfit, match=r"0\.06 holds tokens that the model was trained on"):
         heldout.evaluate(trained.model, tmp_path, str(manifest), Choice(validation_fraction=0.06))
     fewer = heldout.evaluate(
         trained.model, tmp_path, str(manifest), Choice(validation_fraction=0.03)
@@ -93,9 +93,9 @@ def untold(trained, tmp_path):
 
 
 def test_what_an_export_does_not_tell_must_be_given(untold, trained, manifest, tmp_path):
-    with pytest.raises(UserError, match="sequence length of its training"):
+    with pytest.raises(Misfit, match="sequence length of its training"):
         heldout.evaluate(untold, tmp_path, str(manifest), Choice())
-    with pytest.raises(UserError, match="which share of the data its training left out"):
+    with pytest.raises(Misfit, match="which share of the data its training left out"):
         heldout.evaluate(untold, tmp_path, str(manifest), Choice(sequence_length=32))
     given = Choice(sequence_length=32, validation_fraction=0.05, sequences=7)
     result = heldout.evaluate(untold, tmp_path, str(manifest), given)
@@ -113,7 +113,7 @@ def test_held_out_documents_of_the_data_need_no_share(trained, tmp_path):
 
 
 def test_data_without_anything_held_out_is_refused(untold, manifest, tmp_path):
-    with pytest.raises(UserError, match="no sequence of 32 tokens is held out"):
+    with pytest.raises(Misfit, match="no sequence of 32 tokens is held out"):
         heldout.evaluate(
             untold, tmp_path, str(manifest), Choice(sequence_length=32, validation_fraction=0.0)
         )
@@ -121,7 +121,7 @@ def test_data_without_anything_held_out_is_refused(untold, manifest, tmp_path):
 
 def test_data_of_another_tokenizer_is_refused(trained, tmp_path):
     other = prepare(tmp_path / "other", vocabulary=290)
-    with pytest.raises(UserError, match="tokenizer is not the model's"):
+    with pytest.raises(Misfit, match="tokenizer is not the model's"):
         heldout.evaluate(trained.model, tmp_path, str(other), Choice())
     assert not (tmp_path / "heldout.json").exists()
 
@@ -137,7 +137,7 @@ def test_a_model_of_another_kind_is_scored_and_its_limit_is_kept(trained, manife
     result = heldout.evaluate(model, tmp_path, str(manifest), choice)
     assert result["loss"] == pytest.approx(math.log(300), rel=0.05)
     longer = Choice(sequence_length=33, validation_fraction=0.05)
-    with pytest.raises(UserError, match="longer than the model reads: 32"):
+    with pytest.raises(Misfit, match="longer than the model reads: 32"):
         heldout.evaluate(model, tmp_path, str(manifest), longer)
 
 
@@ -148,7 +148,7 @@ def test_a_model_with_fewer_embeddings_than_the_data_has_tokens_is_refused(
     config = GPT2Config(vocab_size=299, n_positions=32, n_embd=16, n_layer=1, n_head=1)
     GPT2LMHeadModel(config).save_pretrained(model)
     PreTrainedTokenizerFast.from_pretrained(trained.model).save_pretrained(model)
-    with pytest.raises(UserError, match="has 300 pieces, the model 299"):
+    with pytest.raises(Misfit, match="has 300 pieces, the model 299"):
         heldout.evaluate(
             model, tmp_path, str(manifest), Choice(sequence_length=32, validation_fraction=0.05)
         )
@@ -176,7 +176,7 @@ def test_held_out_data_without_a_target_is_refused(trained):
         validation_batches=lambda **_: iter([batch]),
         corpus=SimpleNamespace(sources=[SimpleNamespace(place="data")]),
     )
-    with pytest.raises(UserError, match="no held-out target counts"):
+    with pytest.raises(Misfit, match="no held-out target counts"):
         heldout.score(network, loader, sequences=0, batch=1)
 
 

@@ -75,6 +75,8 @@ def test_the_code_that_runs_a_model_is_told_apart(foreign, tmp_path, monkeypatch
     assert loaded.code(foreign) == before
     _changed(installed / "memory.py")
     assert loaded.code(foreign) != before
+    written_out = "titans_pretrain.model.modeling_baseline:BaselineForCausalLM"
+    assert loaded.code_of(written_out) == loaded.code(foreign)
     (foreign / "config.json").write_text('{"model_type": "llama"}')
     assert loaded.code(foreign) == f"transformers {transformers.__version__}"
 

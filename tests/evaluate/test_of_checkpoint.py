@@ -17,7 +17,7 @@ from tiny import MODEL
 from titans_pretrain import cli
 from titans_pretrain import config as run_config
 from titans_pretrain.checkpoint import evaluations, manifest
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import Misfit, TitansError, UserError
 from titans_pretrain.evaluate import of_checkpoint
 from titans_pretrain.files import write_json
 
@@ -197,6 +197,31 @@ def test_a_bad_configuration_is_put_down_at_once(run, checkpoint, scored):
     assert evaluations.of_step(run, 3).metrics == {"heldout/loss": 2.0}  # what is known stays
 
 
+def test_a_run_with_nothing_to_score_a_checkpoint_on_is_refused(run, checkpoint, scored):
+    config = asked(run)
+    mixed = config.data.model_copy(update={"manifest": None})
+    config = config.model_copy(update={"data": mixed})
+    with pytest.raises(Misfit, match="nothing to score a checkpoint on") as caught:
+        of_checkpoint.evaluate(checkpoint, config)
+    assert caught.value.fix == "give pipeline.eval.tasks"
+    assert scored == []
+    assert not evaluations.is_settled(run, 3)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "missing"),
+    [("niah_number", "--essays"), ("babilong_qa1", "--facts"), ("position", "--text or --data")],
+)
+def test_data_that_no_option_names_is_a_mistake_of_the_configuration(
+    run, checkpoint, scored, tasks, missing
+):
+    config = of_the_run(run, tasks=[tasks])
+    with pytest.raises(Misfit, match=f"{tasks} needs {missing}"):
+        of_checkpoint.evaluate(checkpoint, config)
+    assert f"pipeline.eval.options: {tasks} needs" in evaluations.of_step(run, 3).failure
+    assert evaluations.awaited(run, 3, 4) == []
+
+
 @pytest.mark.parametrize("asked_by_hand", [{"tasks": ["piqqa"]}, {"options": ["--sampels=4"]}])
 def test_a_bad_configuration_that_is_not_the_runs_is_not_put_down(
     run, checkpoint, scored, asked_by_hand
@@ -254,6 +279,24 @@ def test_of_a_failure_the_finished_parts_are_told_when_it_is_given_up(run, check
     found = evaluations.of_step(run, 3)
     assert found.metrics == {"heldout/loss": 2.0}
     assert found.failure == "3 jobs ended without a result; piqa: out of memory"
+
+
+def test_a_late_mistake_leaves_the_result_of_the_checkpoint_that_took_the_place(
+    run, checkpoint, monkeypatch
+):
+    def replaced(*_):
+        path = checkpoint / "manifest.json"
+        path.write_text(path.read_text() + " ")
+        now = evaluations.identity(checkpoint)
+        evaluations.write(run, 3, now, metrics={"heldout/loss": 1.0}, settings={}, results={})
+        raise Misfit("nothing is held out")
+
+    monkeypatch.setattr(of_checkpoint, "_score", replaced)
+    with pytest.raises(TitansError):
+        evaluate(checkpoint)
+    found = evaluations.of_step(run, 3)
+    assert (found.metrics, found.failure) == ({"heldout/loss": 1.0}, "")
+    assert not (run / "evaluations" / "step-3.error.json").exists()
 
 
 def test_what_may_go_well_another_time_is_not_put_down(run, checkpoint, monkeypatch):
@@ -402,6 +445,33 @@ def test_another_try_takes_what_is_finished_also_after_it_was_given_up(
     parts.failing = ""
     assert "boolq/accuracy" in evaluate(checkpoint, tasks=["piqa", "boolq"]).metrics
     assert parts.heldout == 1
+
+
+def test_what_an_earlier_try_finished_outlives_an_export_that_fails(
+    run, checkpoint, parts, toys, monkeypatch
+):
+    from titans_pretrain.export import huggingface
+
+    parts.failing = "boolq"
+    with pytest.raises(TitansError, match="no answer"):
+        evaluate(checkpoint, tasks=["piqa", "boolq"])
+    evaluations.add_job(run, 3, "11")
+
+    def full(checkpoint, model, **_):
+        raise TitansError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface, "export", full)
+        with pytest.raises(TitansError, match="no space left"):
+            evaluate(checkpoint, tasks=["piqa", "boolq"])
+    told = {"heldout/loss": 2.0, "piqa/accuracy": 0.5}
+    (place,) = workplaces(run)
+    assert json.loads((place / "parts.json").read_text())["metrics"] == told
+    assert evaluations.fruitless(run, 3) == 1
+    evaluations.fail(run, 3, evaluations.identity(checkpoint), "given up")
+    assert evaluations.of_step(run, 3).metrics == told
+    parts.failing = ""
+    assert evaluate(checkpoint, tasks=["piqa", "boolq"]).metrics == told | {"boolq/accuracy": 0.5}
 
 
 def test_of_a_killed_job_the_finished_cells_are_told(run, checkpoint, parts, toys, monkeypatch):

@@ -1,8 +1,10 @@
 """Names of tasks, and the options that they take."""
 
+from pathlib import Path
+
 import pytest
 
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit, UserError
 from titans_pretrain.evaluate import babilong, harness, needle, needle_text, position, tasks
 from titans_pretrain.evaluate.tasks import Family, Options
 
@@ -59,6 +61,43 @@ def test_an_option_that_no_task_takes_is_refused(families):
         names("apple", batch=2)
 
 
+MISSING = Path("missing")
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "task", "needed"),
+    [
+        ("piqa,niah", {}, "niah_number", "--essays"),
+        ("babilong_qa1", {"background": (MISSING,)}, "babilong_qa1", "--facts"),
+        ("babilong", {"facts": MISSING}, "babilong_qa1", "--background"),
+        ("babilong_qa7", {}, "babilong_qa7", "--facts and --background"),
+        ("position", {}, "position", "--text or --data"),
+    ],
+)
+def test_a_task_whose_data_no_option_names_is_refused_before_any_is_read(text, given, task, needed):
+    for refuse in (tasks.check, tasks.parse):
+        with pytest.raises(Misfit, match="needs") as caught:
+            refuse(text, Options(**given))
+        assert caught.value.what == f"{task} needs {needed}"
+        assert caught.value.where == f"--tasks {task}"
+
+
+def test_only_tasks_that_read_the_users_own_data_need_it_named():
+    def refused(name):
+        try:
+            tasks.check(name, Options())
+        except Misfit:
+            return True
+
+    essays = {name for name, kind in needle_text.KINDS.items() if kind.haystack == "essay"}
+    every = {name for family in tasks.FAMILIES for name in family.names}
+    assert set(filter(refused, every)) == {*essays, *babilong.NAMES, position.NAME}
+    tasks.check("niah_uuid", Options(essays=(MISSING,)))
+    tasks.check("babilong_qa1", Options(facts=MISSING, background=(MISSING,)))
+    tasks.check("position", Options(data="missing"))
+    tasks.check("position", Options(text=(MISSING,)))
+
+
 def test_every_task_of_every_kind_has_a_name():
     names = {family.names for family in tasks.FAMILIES}
     assert names == {
@@ -70,14 +109,14 @@ def test_every_task_of_every_kind_has_a_name():
 
 
 def test_tasks_are_opened_by_their_modules(monkeypatch):
-    for module, name in (
-        (harness, "piqa"),
-        (needle, "niah_pk"),
-        (babilong, "babilong_qa1"),
-        (position, "position"),
+    for module, name, options in (
+        (harness, "piqa", {}),
+        (needle, "niah_pk", {}),
+        (babilong, "babilong_qa1", {"facts": MISSING, "background": (MISSING,)}),
+        (position, "position", {"data": "missing"}),
     ):
         monkeypatch.setattr(module, "open_tasks", open_named)
-        assert names(name) == [name]
+        assert names(name, **options) == [name]
 
 
 def test_the_groups_are_the_papers():

@@ -20,6 +20,7 @@ GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 TEXTS = ["Ba", "Hello ba be bi bo bu", "ke ki ko ku ka", "x" * 9]
 # of rows of 21 tokens; they end inside chunks of 4 and segments of 8, and between them
 PADS = (0, 3, 8, 14, 20)
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-9}  # of the largest number
 
 
 class Subject:
@@ -79,7 +80,7 @@ def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 def same(found: Tensor, wanted: Tensor) -> None:
     """Equal to rounding: of float64, or of float32 summed in another order."""
-    tolerance = 1e-9 if wanted.dtype == torch.float64 else 1e-5
+    tolerance = TOLERANCES[wanted.dtype]
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
 
 

@@ -17,7 +17,7 @@ def proven_here(monkeypatch) -> None:
     Only that nothing of the project is needed is not shown; the fixture ``exported`` shows it.
     """
 
-    def in_this_process(room, directory):
+    def in_this_process(room, directory, named):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             reload.main(str(room / "request.json"))
@@ -25,6 +25,7 @@ def proven_here(monkeypatch) -> None:
 
     monkeypatch.setattr(verification, "_run", in_this_process)
     monkeypatch.setattr(verification, "PROJECT", "no project")
+    monkeypatch.setattr(verification, "SPAN", 64)
     monkeypatch.setattr(sys, "path", [*sys.path])
     for name in gpu_packages.NAMES:  # which the proof hides
         monkeypatch.setitem(sys.modules, name, None)

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from titans_pretrain import config as run_config
 from titans_pretrain.checkpoint.save import save
-from titans_pretrain.errors import UserError
-from titans_pretrain.export import huggingface
+from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.export import huggingface, verification
 from titans_pretrain.inference import generate
 from titans_pretrain.inference.streamer import Streamer
 from titans_pretrain.parallel.construct import construct
 from titans_pretrain.parallel.shards import FlatShard
 
+SPAN = verification.SPAN  # as users have it
 SIZE = {"vocab_size": 512, "hidden_size": 32, "initializer_range": 0.3}
 OWN = {**SIZE, "hf": "titans_baseline", "num_heads": 2, "intermediate_size": 32}
 MODELS = {
@@ -40,6 +41,11 @@ MODELS = {
         "state_size": 8,
         "n_groups": 1,
         "chunk_size": 8,
+    },
+    "linear": {
+        **OWN,
+        "num_hidden_layers": 4,
+        "mixers": ["retnet", "gla", "deltanet", "gated_deltanet"],
     },
     "h2": {
         **OWN,
@@ -134,6 +140,28 @@ def test_changed_bytes_of_a_baseline_of_ours_are_refused(tmp_path, proven_here):
         generate.load(tmp_path / "model")
 
 
+@pytest.mark.parametrize(("key", "value"), [("window_size", 500), ("chunk_size", 256)])
+def test_a_length_that_only_long_texts_show_is_proven_too(
+    key, value, tmp_path, monkeypatch, proven_here
+):
+    def write(model, directory):
+        original(model, directory)
+        path = directory / "config.json"
+        settings = json.loads(path.read_text())
+        assert settings[key] != value
+        path.write_text(json.dumps(settings | {key: value}))
+
+    original = huggingface._write_model_files
+    monkeypatch.setattr(huggingface, "_write_model_files", write)
+    monkeypatch.setattr(verification, "SPAN", SPAN)
+    mixers = {"num_hidden_layers": 2, "mixers": ["gated_deltanet", "window"]}
+    monkeypatch.setitem(MODELS, "hybrid", OWN | mixers)
+    make_run(tmp_path / "run", "hybrid")
+    with pytest.raises(TitansError, match="its logits differ"):
+        huggingface.export(tmp_path / "run", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "h2"])
 def test_a_clean_process_needs_nothing_of_the_project(tmp_path, name):
@@ -145,6 +173,7 @@ def test_a_clean_process_needs_nothing_of_the_project(tmp_path, name):
         if name == "llama"
         else {
             "attention_blocks.py",
+            "attention_flex.py",
             "baseline_layers.py",
             "cache.py",
             "causal_lm.py",

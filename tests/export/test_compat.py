@@ -9,6 +9,7 @@ from pathlib import Path
 import clean_checks
 import clean_environment
 import pytest
+import test_baseline_export
 import torch
 from safetensors.torch import save_file
 from tiny_run import VARIANTS, make_model, make_run
@@ -23,12 +24,19 @@ WITH_OLDEST = (OLDEST, "huggingface_hub>=0.34,<1", "tokenizers>=0.22,<=0.23.0")
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """``exports(variant)``: an exported directory; the logits it should give lie beside it."""
+    """``exports(name)``: an exported directory; the logits it should give lie beside it."""
     room = tmp_path_factory.mktemp("exports")
 
+    def make(run, name):
+        if name in BASELINES:
+            return test_baseline_export.make_run(run, name)
+        make_run(run, name)
+        return make_model(name)
+
     @cache
-    def export(variant):
-        out, model = room / variant, make_model(variant)
+    def export(name):
+        out, run = room / name, room / "runs" / name
+        model = make(run, name)
         generator = torch.Generator().manual_seed(7)
         ids = torch.randint(3, model.config.vocab_size, (2, 21), generator=generator)
         with torch.no_grad():
@@ -36,7 +44,7 @@ def exports(tmp_path_factory):
         save_file({"ids": ids, "logits": wanted}, out.with_suffix(".safetensors"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(huggingface.verification, "verify", lambda *_, **__: None)
-            huggingface.export(make_run(room / "runs" / variant, variant), out)
+            huggingface.export(run, out)
         return out
 
     return export
@@ -79,6 +87,7 @@ def run(python, checks, directories):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+BASELINES = ("linear", "h2", "rmt")
 ALL, SLOW = tuple(VARIANTS), (pytest.mark.slow, pytest.mark.timeout(1800))
 
 
@@ -93,6 +102,8 @@ ALL, SLOW = tuple(VARIANTS), (pytest.mark.slow, pytest.mark.timeout(1800))
         pytest.param("newest and accelerate", "clean_accelerate", ALL, marks=SLOW),
         pytest.param("oldest", "clean_checks", ALL, marks=SLOW),
         pytest.param("oldest", "clean_accelerate", ALL, marks=SLOW),
+        pytest.param("newest", "clean_baselines", BASELINES, marks=SLOW),
+        pytest.param("oldest", "clean_baselines", BASELINES, marks=SLOW),
     ],
 )
 def test_what_users_do_works(environment, checks, variants, exports, pythons, subtests):

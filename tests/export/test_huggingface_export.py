@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny_run
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -330,19 +331,36 @@ def test_a_full_disk_leaves_nothing(kib, run, tmp_path, unproven):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_a_model_of_few_positions_is_proven_within_them(tmp_path):
+def test_models_of_ours_are_proven_beyond_chunks_and_others_within_their_positions(tmp_path):
     seen = []
 
     def compute(ids):
         seen.append(tuple(ids.shape))
         raise KeyboardInterrupt
 
-    for longest in (32, 2048, None):
-        config = SimpleNamespace(vocab_size=10, max_position_embeddings=longest)
+    others = [{"max_position_embeddings": longest} for longest in (32, 2048, None)]
+    for facts in (*({"grid": grid} for grid in (1, 530, 2048)), *others):
+        config = SimpleNamespace(vocab_size=10, **facts)
         model = SimpleNamespace(config=config)
         with pytest.raises(KeyboardInterrupt):
             verification.verify(tmp_path, model, compute, torch.float32, b"")
-    assert seen == [(2, 32), (2, 69), (2, 69)]
+    assert seen == [(2, tokens) for tokens in (517, 535, 600, 32, 69, 69)]
+
+
+def test_a_checkpoint_that_is_broken_itself_is_not_told_as_a_bug(tmp_path, monkeypatch):
+    def broken(*arguments, **fields):
+        model = make_model(*arguments, **fields)
+        with torch.no_grad():
+            model.model.norm.weight[0] = float("nan")
+        return model
+
+    monkeypatch.setattr(tiny_run, "make_model", broken)
+    run = make_run(tmp_path / "run")
+    with pytest.raises(TitansError, match="the checkpoint's logits are not finite") as caught:
+        huggingface.export(run, tmp_path / "out")
+    assert caught.value.where == str(run / "checkpoints" / "step-30")
+    assert caught.value.fix == "export an earlier checkpoint"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "tokenizer.model"])

@@ -1,6 +1,7 @@
 """Models of an installed package that neither transformers nor the project knows."""
 
 import json
+import subprocess
 import sys
 import textwrap
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 from test_baseline_export import MODELS, make_run
 
-from titans_pretrain.errors import UserError
-from titans_pretrain.export import huggingface
+from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.export import huggingface, verification
 from titans_pretrain.inference import generate
 
 NAME = "lanterns.models:LanternForCausalLM"
@@ -113,6 +114,35 @@ def test_a_model_of_no_known_kind_is_told_without_an_export(made, tmp_path):
     with pytest.raises(UserError, match="transformers knows no model_type 'lantern'") as caught:
         generate.load(tmp_path, trust_remote_code=True)
     assert "export it again" not in caught.value.fix
+
+
+def test_a_package_that_does_not_run_on_the_cpu_is_told(installed, tmp_path, monkeypatch):
+    import lanterns.models
+
+    def refuse(*_, **__):
+        raise RuntimeError("0 active drivers")
+
+    monkeypatch.setattr(lanterns.models.LanternForCausalLM, "forward", refuse)
+    told = "the trained model does not run on the CPU: RuntimeError: 0 active drivers"
+    with pytest.raises(TitansError, match=told) as caught:
+        huggingface.export(installed[2].parent / "run", tmp_path / "model")
+    assert "without GPU kernels" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_that_needs_kernels_in_the_clean_process_is_told(
+    installed, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        told = "Traceback\nModuleNotFoundError: import of fla halted; None in sys.modules"
+        return subprocess.CompletedProcess([], 1, "", told)
+
+    monkeypatch.setattr(verification.subprocess, "run", fail)
+    told = f"{NAME} does not load or run in a clean process on the CPU: .*import of fla halted"
+    with pytest.raises(TitansError, match=told) as caught:
+        huggingface.export(installed[2].parent / "run", tmp_path / "model")
+    assert "without causal_conv1d, mamba_ssm, fla" in caught.value.fix
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_package_whose_layers_need_a_gpu_is_refused_before_any_work(installed, monkeypatch):

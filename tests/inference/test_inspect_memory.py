@@ -9,7 +9,7 @@ from tokenizer_models import corpus
 
 from titans_pretrain import cli
 from titans_pretrain.errors import TitansError
-from titans_pretrain.inference import inspect_memory, memory_trace
+from titans_pretrain.inference import memory_trace
 from titans_pretrain.inference.memory_picture import draw
 from titans_pretrain.inference.memory_trace import Inspection, LayerTrace, trace
 from titans_pretrain.inference.prefill import new_cache, prefill
@@ -218,11 +218,3 @@ def test_mistakes_are_told_in_three_lines(words, what, exported, tmp_path, capsy
     told = capsys.readouterr().err.splitlines()
     assert what in told[0]
     assert len(told) == 3
-
-
-def test_a_model_without_memory_is_refused(exported, tmp_path, capsys, monkeypatch):
-    model = make_model("transformer")
-    monkeypatch.setattr(inspect_memory.generate, "load", lambda *_, **__: (model, None))
-    (tmp_path / "text").write_text("Bo ba ro mevu.")
-    assert cli.main(["inspect-memory", str(exported), str(tmp_path / "text")]) == 2
-    assert "a transformer model has no neural memory" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A text read once goes on as if it stood before the prompt."""
 
 import functools
+import json
 import shutil
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from titans_pretrain import cli
 from titans_pretrain.errors import UserError
 from titans_pretrain.export import tokenizer as tokenizers
-from titans_pretrain.inference import generate, memorize, memory_file
+from titans_pretrain.inference import generate, inspect_memory, memorize, memory_file
 from titans_pretrain.inference.generate import Sampling
 from titans_pretrain.inference.prefill import new_cache, prefill
 
@@ -358,10 +359,25 @@ def test_ids_that_the_model_does_not_know_are_refused(models, exported, text, tm
         generate.generate(exported, TEXT, Sampling(), device="cpu")
 
 
-def test_a_model_without_memory_is_refused(models, exported, text, tmp_path):
-    models("transformer")
-    with pytest.raises(UserError, match="a transformer model has no neural memory"):
-        memorize.memorize(exported, text, tmp_path / "memory", device="cpu")
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"model_type": "titans", "variant": "transformer"}, "transformer"),
+        ({"model_type": "titans_baseline"}, "titans_baseline"),
+        ({"model_type": "lantern", "auto_map": {"AutoModel": "code.Lantern"}}, "lantern"),
+        ({"model_type": "mac"}, "mac"),
+    ],
+)
+def test_a_model_without_memory_is_refused_before_it_is_loaded(settings, kind, text, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    for call in (
+        lambda: memorize.memorize(tmp_path, text, tmp_path / "memory", device="cpu"),
+        lambda: inspect_memory.inspect_memory(tmp_path, text, tmp_path / "a.png", device="cpu"),
+        lambda: generate.generate(tmp_path, "Bo", GREEDY, memory=tmp_path / "m", device="cpu"),
+    ):
+        with pytest.raises(UserError, match=f"a {kind} model has no neural memory") as caught:
+            call()
+        assert caught.value.fix == "use a Titans model: lmm, mac, mag, mal"
 
 
 def test_a_memory_is_not_for_another_model(models, exported, memory_of_text, tmp_path):

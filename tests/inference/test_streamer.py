@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from test_token_stream import tokenizer_of
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from titans_pretrain.inference import token_stream
@@ -117,17 +117,71 @@ def test_the_hidden_beginning_is_not_printed(tokenizer, capsys):
 @pytest.mark.parametrize("text", ["bo mevu ro ba " * 300, "漢字" * 300 + " bo"])
 def test_a_token_costs_the_same_after_any_number_of_tokens(text, tokenizer, monkeypatch, capsys):
     words = tokenizer(text)["input_ids"]
-    decoded = []
-    decode = tokenizer.decode
-
-    def counted(tokens, **options):
-        decoded.append(len(tokens))
-        return decode(tokens, **options)
-
-    monkeypatch.setattr(tokenizer, "decode", counted)
+    decoded = counted(tokenizer, monkeypatch)
     streamer = Streamer(tokenizer, words[:1000])
     decoded.clear()
     for token in words[1000:]:
         streamer.add([token])
     assert len(words) > 1500
     assert max(decoded) < 30
+
+
+def counted(tokenizer, monkeypatch):
+    """Numbers of tokens of each call of ``decode``, as they come."""
+    found, decode = [], tokenizer.decode
+
+    def count(tokens, **options):
+        found.append(len(tokens))
+        return decode(tokens, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", count)
+    return found
+
+
+SPELT = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+SPELT = SPELT.pre_tokenize_str("a😀漢😀😀é 字b😀")[0][0]  # a letter for each byte
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """Pieces of up to three bytes, as GPT-2's: one may end a character and begin the next."""
+    pieces = {SPELT[n : n + size] for n in range(len(SPELT)) for size in (1, 2, 3)}
+    words = {piece: place for place, piece in enumerate(["x", *sorted(pieces)])}
+    made = Tokenizer(models.WordLevel(words, "x"))
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def test_replacements_that_are_pieces_are_printed_as_they_come(monkeypatch, capsys):
+    tokenizer = tokenizer_of(user_defined_symbols=["\N{REPLACEMENT CHARACTER}"])
+    replacement = tokenizer.convert_tokens_to_ids("\N{REPLACEMENT CHARACTER}")
+    streamer, decoded = Streamer(tokenizer, []), counted(tokenizer, monkeypatch)
+    for number in range(1, 50):
+        streamer.add([replacement])
+        assert streamer.text.strip() == "\N{REPLACEMENT CHARACTER}" * number
+    assert max(decoded) < 20
+
+
+def test_bytes_that_never_make_a_character_are_printed_soon(byte_level, monkeypatch, capsys):
+    first = byte_level.convert_tokens_to_ids(SPELT[1])  # of four
+    streamer, decoded = Streamer(byte_level, []), counted(byte_level, monkeypatch)
+    for number in range(1, 50):
+        streamer.add([first])
+        assert len(streamer.text) >= number - 3
+    assert max(decoded) < 20
+    streamer.end()
+    assert streamer.text == byte_level.decode([first] * 49)
+
+
+def test_characters_that_share_tokens_are_printed_as_all_tokens_decode(byte_level, capsys):
+    rng = random.Random(0)
+    for _ in range(200):
+        place, pieces = 0, []
+        while place < len(SPELT):
+            size = rng.randint(1, 3)
+            pieces.append(SPELT[place : place + size])
+            place += size
+        tokens = byte_level.convert_tokens_to_ids(pieces)
+        assert streamed(byte_level, [], tokens) == "a😀漢😀😀é 字b😀"
+        rng.shuffle(tokens)
+        assert streamed(byte_level, [], tokens) == byte_level.decode(tokens)

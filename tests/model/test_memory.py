@@ -18,6 +18,7 @@ from memory_cases import (
 from torch import Tensor
 
 from titans_pretrain.model.memory import MemoryState, memory_scan
+from titans_pretrain.model.memory_chunk import norm
 from titans_pretrain.model.memory_reference import memory_scan as reference_scan
 
 BOTH = pytest.mark.parametrize("scan", [memory_scan, reference_scan], ids=["fast", "reference"])
@@ -470,3 +471,13 @@ def test_arguments_that_do_not_fit_are_refused_by_name(
     case = random_case(time=9).but(**changes)
     with pytest.raises(ValueError, match=named):
         case.run(memory_scan, **{"chunk_size": 4} | options)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6, 1e25])
+def test_a_norm_does_not_overflow_and_has_no_gradient_at_zero(size: float) -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0]]) * size
+    x.requires_grad_()
+    found = norm(x)
+    torch.testing.assert_close(found.detach() / size, torch.tensor([[5.0], [0.0]]))
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))

@@ -128,14 +128,14 @@ def test_a_scan_without_a_document_s_start_keeps_its_bits_and_gives_zero_gradien
 def test_only_chunks_in_which_a_document_begins_take_the_longer_way(monkeypatch: Any) -> None:
     step, taken = memory.chunk_step, []
 
-    def watched(*arguments: Any, resets: Resets | None) -> Any:
-        taken.append(resets is not None)
-        return step(*arguments, resets=resets)
+    def watched(part: Any, *rest: Any, resets: Resets | None) -> Any:
+        taken.append(part.queries[0, 0, 0, 0].item())
+        return step(part, *rest, resets=resets)
 
     monkeypatch.setattr(memory, "chunk_step", watched)
     case = random_case(time=16)
     case.run(memory_scan, chunk_size=4, resets=Resets(begins_of([[5], [8]], 16), case.state))
-    assert taken == [False, True, True, False]
+    assert taken == [case.queries[0, 0, first, 0].item() for first in (4, 8)]
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,14 @@ ALONE = """
 import sys
 from types import SimpleNamespace
 import torch
-from titans_pretrain.parallel import tensor
+from titans_pretrain.parallel import loss_head, tensor
 from titans_pretrain.parallel.mesh import Mesh
 groups = SimpleNamespace(mesh=Mesh(), tensor_rank=0)
 tensor.split(torch.nn.Linear(2, 2), "anything", groups, None)
-tensor.cross_entropy(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.long), groups)
+head = torch.nn.Linear(2, 3, bias=False)
+loss_head.place(head, "lm_head")
+with head.answering(torch.zeros(1, 2, dtype=torch.long)):
+    head(torch.zeros(1, 2, 2))
 sys.exit("megatron" in sys.modules)
 """
 

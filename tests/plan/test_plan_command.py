@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from titans_pretrain import cli, config
-from titans_pretrain.plan import parameters
+from titans_pretrain.plan import flops, parameters
 
 MODEL = {
     "variant": "mag",
@@ -57,10 +57,15 @@ def test_it_prints_size_grid_steps_and_volumes(run_file, capsys):
         "2 at a time, the last 1",
         "  a step takes 19 layer times; ranks that waited for each other layer by layer would "
         "take 36",
+        "  58.4 kFLOPs a token and forward pass: projections 24.2%, convolutions 2.5%, "
+        "attention 7.5%, memory 56.3%, feed forward 7.9%, head 1.8%",
+        "  135 MFLOPs a step, backward passes included",
         "  bytes a layer and tensor rank:",
         "    between sequence ranks  state  convolution  window  step, both ways",
         "    0 and 1                 2,048          288     384           32,640",
         "  the same for sequences of any length in micro-batches of as many sequences",
+        "",
+        "1.21 GFLOPs in 9 steps, without validations",
     ]
 
 
@@ -91,6 +96,31 @@ def test_json_has_the_same_numbers(run_file, capsys):
             "bytes_per_layer_and_step": 32640,
         }
     ]
+
+
+def test_the_flops_of_a_run_are_those_of_its_stages(run_file, capsys):
+    known = json.loads(told(capsys, run_file, "--json"))
+    run = config.load(run_file)
+    short, full = known["stages"]
+    assert short["flops_per_step"] == 12 * flops.training(run.model, 32, 2)
+    assert full["flops_per_step"] == 12 * flops.training(run.model, 64, 1)
+    assert full["forward_flops_per_token"] == flops.token(run.model, 64)
+    assert known["flops"] == 5 * short["flops_per_step"] + 4 * full["flops_per_step"]
+
+    ended = json.loads(told(capsys, run_file, "train.steps=3", "--json"))
+    assert ended["flops"] == 3 * short["flops_per_step"]
+
+
+def test_flops_of_another_library_s_model_are_not_told(run_file, capsys):
+    path = Path(run_file)
+    model = {"hf": "llama", "vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1}
+    model |= {"num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 64}
+    content = yaml.safe_load(path.read_text()) | {"model": model, "mesh": {}}
+    path.write_text(yaml.safe_dump(content))
+    assert told(capsys, run_file).splitlines()[-1] == "FLOPs of llama are not counted"
+    known = json.loads(told(capsys, run_file, "--json"))
+    assert known["flops"] is None
+    assert not any("flops" in name for stage in known["stages"] for name in stage)
 
 
 def test_boundaries_with_equal_volumes_share_a_row(run_file, capsys):

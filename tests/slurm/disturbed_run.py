@@ -19,7 +19,7 @@ from titans_pretrain.checkpoint.format import newest_good
 from titans_pretrain.checkpoint.load import read_tensors
 
 HERE = Path(__file__).parent
-CLOCK = ("seconds", "tokens_per_second")
+CLOCK = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
 
 
 class Run:

@@ -49,7 +49,7 @@ class Run:
 
     def timeless(self):
         """Its rows without what depends on the clock."""
-        clock = ("seconds", "tokens_per_second")
+        clock = ("seconds", "tokens_per_second", "flops_per_second", "mfu")
         return [{k: v for k, v in row.items() if k not in clock} for row in self.rows()]
 
     def steps_saved(self):

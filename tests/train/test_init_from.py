@@ -158,7 +158,8 @@ def test_a_model_that_computes_something_else_is_refused(exported, check, field,
 
 
 def test_fields_that_change_no_function_may_differ(exported, check):
-    check(exported("model"), initializer_range=0.5, remember_across_documents=False)
+    free = {"initializer_range": 0.5, "forget_bias": -7.0, "remember_across_documents": False}
+    check(exported("model"), **free)
 
 
 def test_another_kind_of_model_is_refused(model, check):

@@ -147,6 +147,15 @@ def test_the_progress_line_tells_step_loss_norm_rate_speed_and_time_left():
     )
 
 
+def test_the_progress_line_tells_flops_and_their_share_of_the_peak_where_known():
+    row = {"step": 3, "loss": 2.5, "grad_norm": 1.25, "learning_rate": 1e-3}
+    row |= {"tokens_per_second": 12345.6, "flops_per_second": 4.123e14}
+    line = metrics.progress_line(row, 10, 3700)
+    assert line.endswith("  12,346 tokens/s  412 TFLOP/s a rank  1h01m left")
+    line = metrics.progress_line(row | {"mfu": 0.4167}, 10, 3700)
+    assert line.endswith("  12,346 tokens/s  412 TFLOP/s a rank (MFU 41.7%)  1h01m left")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(12.4, "12s"), (450, "7m30s"), (7500, "2h05m"), (273_600, "3d04h")]
 )

@@ -12,7 +12,9 @@ import pytest
 import torch
 from run_command import end
 
+from titans_pretrain import config
 from titans_pretrain.checkpoint.load import read_tensors
+from titans_pretrain.plan import flops
 
 
 def state(run, step):
@@ -43,6 +45,9 @@ def test_a_run_killed_on_the_way_and_resumed_is_the_run_never_stopped(make_run):
     assert "step 6/6  loss " in out
     assert [row["step"] for row in straight.rows()] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert straight.steps_saved() == [2, 4, 6]
+    row, each = straight.rows()[0], flops.step(config.load(str(straight.file))) / 2
+    assert row["flops_per_second"] == pytest.approx(each / row["seconds"])
+    assert "mfu" not in row
 
     process = broken.start("checkpoint.asynchronous=false", "--ranks", "2")
     broken.wait_for_step(3, process)

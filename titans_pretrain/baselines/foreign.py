@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 KEY = "hf"
 OWN = {"titans_baseline": "titans_pretrain.model.modeling_baseline:BaselineForCausalLM"}
+_OURS = __name__.partition(".")[0]
 NEEDS_GPU = ("fla",)  # packages whose layers are GPU kernels
 MAMBA = ("mamba", "mamba2")
 MAMBA_EMBEDDING = 0.02  # standard deviation of mamba-ssm's
@@ -80,6 +81,10 @@ def classes(name: Any) -> tuple[Any, Any]:
     """
     if not isinstance(name, str) or not name:
         raise _error(KEY, f"{name!r} is no name", "give a model_type, or module:Class")
+    module, colon, _ = name.partition(":")
+    if colon and module.partition(".")[0] == _OURS:
+        what = f"{name!r} is this package's own class, under another name"
+        raise _error(KEY, what, f"use hf: {', '.join(OWN)}, or model.variant for Titans")
     with gpu_packages.for_device(keep=package(name)):
         return _installed(OWN.get(name, name)) if ":" in name or name in OWN else _known(name)
 
@@ -212,8 +217,7 @@ def package(name: str) -> str | None:
     """The package that a value of ``model.hf`` needs besides transformers and this one, if any."""
     module, colon, _ = name.partition(":")
     root = module.partition(".")[0]
-    known = ("transformers", __name__.partition(".")[0])
-    return root if colon and root not in known else None
+    return root if colon and root not in ("transformers", _OURS) else None
 
 
 def can_recompute(model: Mapping[str, Any]) -> bool:
@@ -255,6 +259,9 @@ def _installed(name: str) -> tuple[Any, Any]:
         found: Any = getattr(importlib.import_module(module), attribute, None)
     except ModuleNotFoundError as error:
         missing = (error.name or module).split(".")[0]
+        if gpu_packages.is_hidden(missing):
+            what = f"the layers of {name!r} are GPU kernels, which no CPU runs"
+            raise _error(KEY, what, "use --device cuda, on a machine with a GPU") from None
         fix = EXTRA if missing in (*NEEDS_GPU, "triton") else f"install {missing}, or correct it"
         raise _error(KEY, f"{name!r} needs the package {missing!r}", fix) from None
     except Exception as error:

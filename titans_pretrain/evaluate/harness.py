@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import tempfile
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -286,8 +287,11 @@ def _open(name: str, directory: Path | None) -> Any:
 
 
 def _is_of_the_hub(error: Exception) -> bool:
-    """Whether an error tells of connections, files, or the Hub's own client."""
-    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    """Whether an error tells of connections, files, or the Hub's own client, or comes from that."""
+    modules = [kind.__module__ for kind in type(error).__mro__]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules += [str(frame.f_globals.get("__name__")) for frame in frames[-1:]]  # the innermost
+    packages = {module.partition(".")[0] for module in modules}
     return isinstance(error, OSError) or bool(packages & _HUBS)
 
 

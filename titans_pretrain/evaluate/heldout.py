@@ -11,7 +11,7 @@ from typing import Any
 from titans_pretrain.checkpoint import manifest
 from titans_pretrain.data.loader import VALIDATION_FRACTION, SequenceLoader
 from titans_pretrain.data.mixture import Corpus
-from titans_pretrain.errors import TitansError, UserError
+from titans_pretrain.errors import Misfit, TitansError
 from titans_pretrain.files import atomic_file, write_json
 from titans_pretrain.inference import generate
 from titans_pretrain.train.metrics import duration
@@ -64,7 +64,8 @@ def evaluate(
         What ``heldout.json`` holds.
 
     Raises:
-        UserError: model, data and choice do not fit, or nothing is held out.
+        Misfit: model, data and choice do not fit, or nothing is held out.
+        UserError: model or data cannot be read.
         TitansError: the loss is not finite, or a result cannot be written.
     """
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -125,7 +126,7 @@ def score(network: Any, loader: SequenceLoader, *, sequences: int, batch: int) -
         batch: sequences at once.
 
     Raises:
-        UserError: no target counts.
+        Misfit: no target counts.
         TitansError: the loss is not finite.
     """
     import torch
@@ -178,11 +179,13 @@ def held_out(
     """The held-out sequences, none of which training read.
 
     Raises:
-        UserError: the length or the share is not known, or the share holds trained tokens.
+        Misfit: the length or the share is not known, the share holds trained tokens, or nothing is
+            held out.
+        UserError: the data refuses the share.
     """
     length = choice.sequence_length or facts.get("sequence_length")
     if length is None:
-        raise UserError(
+        raise Misfit(
             "the model does not tell the sequence length of its training",
             where="--sequence-length",
             fix="give it, as data.sequence_length of the run",
@@ -195,7 +198,7 @@ def held_out(
         document_starts=separates,
     )
     if not loader.validation_sequences:
-        raise UserError(
+        raise Misfit(
             f"no sequence of {length} tokens is held out of the data",
             where=corpus.sources[0].place,
             fix="give data that was prepared with --held-out, or that training did not read",
@@ -209,7 +212,7 @@ def _fraction(corpus: Corpus, facts: Mapping[str, Any], given: float | None) -> 
         return given  # the data says what is held out; the loader refuses any other share
     if "validation_fraction" not in facts:
         if given is None:
-            raise UserError(
+            raise Misfit(
                 "the model does not tell which share of the data its training left out",
                 where="--validation-fraction",
                 fix="give it, as data.validation_fraction of the run",
@@ -218,7 +221,7 @@ def _fraction(corpus: Corpus, facts: Mapping[str, Any], given: float | None) -> 
     trained = facts["validation_fraction"]
     trained = VALIDATION_FRACTION if trained is None else trained
     if given is not None and given > trained:
-        raise UserError(
+        raise Misfit(
             f"a share of {given} holds tokens that the model was trained on: training left out the "
             f"last {trained}",
             where="--validation-fraction",
@@ -248,21 +251,21 @@ def check_fit(network: Any, tokenizer: Any, corpus: Corpus, length: int) -> None
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
         )
     except TitansError:
-        raise UserError(
+        raise Misfit(
             "the data's tokenizer is not the model's",
             where=f"{place}: sha256 {corpus.sources[0].tokenizer_sha256}",
             fix="prepare the held-out text with the model's tokenizer",
         ) from None
     vocabulary = network.get_input_embeddings().weight.shape[0]
     if corpus.vocab_size > vocabulary:
-        raise UserError(
+        raise Misfit(
             f"the data's tokenizer has {corpus.vocab_size} pieces, the model {vocabulary}",
             where=place,
             fix="prepare the held-out text with the model's tokenizer",
         )
     longest = getattr(network.config, "max_position_embeddings", None)
     if longest is not None and length > longest:
-        raise UserError(
+        raise Misfit(
             f"sequences of {length} tokens are longer than the model reads: {longest}",
             where="--sequence-length",
             fix=f"use at most {longest}",
@@ -271,7 +274,7 @@ def check_fit(network: Any, tokenizer: Any, corpus: Corpus, length: int) -> None
 
 def _mean(total: float, valid: int, loader: SequenceLoader) -> float:
     if not valid:
-        raise UserError(
+        raise Misfit(
             "no held-out target counts: all are masked",
             where=loader.corpus.sources[0].place,
             fix="give other data",

@@ -19,7 +19,8 @@ from titans_pretrain.inference.prefill import OWN
 _LARGEST_HEADER = 10**8  # bytes, as safetensors has it
 _DECIDE = {".safetensors", ".json", ".py", ".model", ".txt"}  # weights, settings, code, tokenizer
 _POSITIONS = ("max_position_embeddings", "n_positions")
-_OWN_CODE = "titans_pretrain.model"
+_OURS = __name__.partition(".")[0]
+_OWN_CODE = f"{_OURS}.model"
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -128,7 +129,8 @@ def code_of(kind: str) -> str:
         The sha256 of our modules, or of those of another installed package; else the version of
         transformers.
     """
-    if kind in OWN:
+    module, named, _ = kind.partition(":")
+    if kind in OWN or (named and module.partition(".")[0] == _OURS):
         return _sha256_of_modules(_OWN_CODE)
     if package := foreign.package(kind):
         return _sha256_of_modules(package)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from titans_pretrain.errors import UserError
+from titans_pretrain.errors import Misfit, UserError
 from titans_pretrain.evaluate import needle_words
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -137,18 +137,19 @@ def haystack(kind: str, essays: Sequence[Path], template: str = TEMPLATE) -> Hay
         template: ``TEMPLATE``, which is RULER's, or ``BARE``.
 
     Raises:
-        UserError: essays are missing, not wanted, cannot be read, or hold no words.
+        Misfit: essays are missing, not wanted, or hold no words.
+        UserError: one cannot be read.
     """
     chosen = KINDS[kind]
     if chosen.haystack == "noise":
         if essays:
-            raise UserError(f"{kind} reads no essays", where="--essays", fix="leave it out")
+            raise Misfit(f"{kind} reads no essays", where="--essays", fix="leave it out")
         return Haystack(chosen, template=template)
     if not essays:
-        raise UserError(f"{kind} hides needles in essays", where="--essays", fix="name text files")
+        raise Misfit(f"{kind} hides needles in essays", where="--essays", fix="name text files")
     words = [word for path in essays for word in _read(path).split()]
     if not words:
-        raise UserError("no words", where=f"--essays {essays[0]}", fix="give files with text")
+        raise Misfit("no words", where=f"--essays {essays[0]}", fix="give files with text")
     return Haystack(chosen, words, template)
 
 

@@ -45,7 +45,7 @@ def evaluate(
 
     Raises:
         UnderWay: another process evaluates it.
-        Misfit: the configuration does not fit.
+        Misfit: the configuration does not fit, or names nothing to score the checkpoint on.
         UserError: no such checkpoint, or data does not fit or cannot be reached.
         TitansError: the checkpoint is damaged, gave way meanwhile, or a task failed.
     """
@@ -55,7 +55,7 @@ def evaluate(
     try:
         return _evaluation(checkpoint, identity, config, device)
     except Exception as error:
-        if _is_the_runs(config, checkpoint):
+        if _is_the_runs(config, checkpoint) and _is_there(checkpoint, identity):
             with contextlib.suppress(OSError):
                 _put_down(run, step, identity, error)
         raise
@@ -144,8 +144,15 @@ def check(config: RunConfig) -> Options:
     """The options of a run's tasks, its tasks known; no data is looked at.
 
     Raises:
-        Misfit: a task is not known, or an option is none.
+        Misfit: there is nothing to score, a task is not known, or an option is none, or missing.
     """
+    if config.data.manifest is None and not config.pipeline.eval.tasks:
+        raise Misfit(
+            "there is nothing to score a checkpoint on: one data set is scored, and the run "
+            "trains on a mixture",
+            where="pipeline.eval.tasks",
+            fix="give pipeline.eval.tasks",
+        )
     for name in config.pipeline.eval.tasks:
         if name not in task_names.known():
             raise Misfit(
@@ -242,7 +249,8 @@ def _scored(
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What held-out data and tasks tell, by name; what is found is kept as it comes."""
-    results: dict[str, Any] = {}
+    earlier = read_json(place / evaluations.PARTS) or {}  # of a try of the same
+    results: dict[str, Any] = {**(earlier.get("results") or {})}
 
     def keep() -> None:
         metrics = dict(flat(results))

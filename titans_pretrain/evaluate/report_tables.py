@@ -10,6 +10,7 @@ from titans_pretrain.evaluate import loaded, paper
 
 FORMAT = "titans-eval/2"
 PAPERS_QUESTIONS = ("qa1", "qa2", "qa3", "qa4", "qa5")
+_BABILONG = "babilong_"
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6}
 _FIRST = ("samples", "shots", "max_length", "truncated")
 _OF_RESULT = ("samples", "truncated")
@@ -18,12 +19,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def compare(model: Path, rows: Rows, *, paper_size: str | None) -> dict[str, Any]:
-    """Our results and the paper's of a size, None for the nearest."""
+    """Our results, the newest last, and the paper's of a size, None for the nearest."""
     parameters = loaded.parameters(model)
     size = paper_size or paper.nearest_size(parameters)
     facts = loaded.facts(model)
     training = facts.get("training", {})
-    ordered = sorted(rows, key=lambda row: (row["task"], tokens(row["cell"])))
+    ordered = sorted(rows, key=_place)
     return {
         "format": FORMAT,
         "model": str(model),
@@ -40,7 +41,7 @@ def compare(model: Path, rows: Rows, *, paper_size: str | None) -> dict[str, Any
         ],
         "table_1": _table_1(ordered, size),
         "table_2": _table_2(ordered),
-        "figure_6": _figure_6(ordered),
+        "figure_6": _figure_6(rows),
         "failed": [],
         "curves": _curves(ordered),
     }
@@ -54,14 +55,15 @@ def tokens(cell: str) -> float:
 
 def _table_1(rows: Rows, size: str) -> dict[str, Any] | None:
     """Our rows, one for each maximal length and code, and the paper's of a size."""
-    found: dict[Any, dict[str, Mapping[str, Any]]] = {}
+    asked: dict[Any, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
         if row["task"] in paper.columns():
             depends = tuple(row["identity"].get(name) for name in ("max_length", "code"))
-            best = found.setdefault(depends, {})
-            known = best.get(row["task"])
-            if known is None or row["result"]["samples"] >= known["result"]["samples"]:
-                best[row["task"]] = row
+            asked.setdefault(depends, {}).setdefault(row["task"], []).append(row)
+    found = {
+        depends: {task: _best(same) for task, same in tasks.items()}
+        for depends, tasks in asked.items()
+    }
     if not found:
         return None
     ours = [
@@ -84,6 +86,12 @@ def _table_1(rows: Rows, size: str) -> dict[str, Any] | None:
     }
 
 
+def _best(rows: Rows) -> Mapping[str, Any]:
+    """Of those that differ from the newest, the last, in samples alone, the one with the most."""
+    alike = next(same for same in _alike(rows, but=("samples",)) if rows[-1] in same)
+    return max(reversed(alike), key=lambda row: row["result"]["samples"])
+
+
 def _table_2(rows: Rows) -> dict[str, Any] | None:
     """Of each task a row for each of the settings it was asked with."""
     ours: dict[str, list[dict[str, Any]]] = {}
@@ -96,30 +104,41 @@ def _table_2(rows: Rows) -> dict[str, Any] | None:
 
 
 def _figure_6(rows: Rows) -> list[dict[str, Any]]:
-    """BABILong with examples (a) and without (b): a row for each settings and set of questions.
+    """BABILong with examples (a) and without (b): a row for each settings, facts and questions.
 
     A row has the lengths at which all its questions were asked. That of the paper's questions is
-    there wherever they are.
+    there wherever they are. Those of newer facts come first.
     """
     asked = [
-        row for row in rows if row["task"].startswith("babilong_") and "accuracy" in row["result"]
+        row for row in rows if row["task"].startswith(_BABILONG) and "accuracy" in row["result"]
     ]
     found: dict[str, list[dict[str, Any]]] = {}
-    for same in _alike(asked, but=_OF_QUESTION):
+    groups = _alike(asked, but=_OF_QUESTION)
+    for same in sorted(groups, key=lambda rows: min(map(_place, rows))):
         part = "figure_6a" if _examples(same[0]) else "figure_6b"
-        for questions, cells in _by_questions(same).items():
-            found.setdefault(part, []).append(
-                {
-                    "questions": list(questions),
-                    "papers": questions == PAPERS_QUESTIONS,
-                    "settings": _shared(same),
-                    "cells": cells,
-                }
-            )
+        for alike in _by_facts(same):
+            found.setdefault(part, []).extend(_of_facts(sorted(alike, key=_place)))
     return [
         {**paper.figures()[part], "examples": part == "figure_6a", "ours": ours}
         for part, ours in sorted(found.items())
     ]
+
+
+def _of_facts(rows: Rows) -> list[dict[str, Any]]:
+    """Rows of the figure, one for each set of questions, of results with equal settings."""
+    facts = {row["task"]: row["identity"].get("facts") for row in rows}
+    found = []
+    for questions, cells in _by_questions(rows).items():
+        asked = [facts[_BABILONG + question] for question in questions]
+        found.append(
+            {
+                "questions": list(questions),
+                "papers": questions == PAPERS_QUESTIONS,
+                "settings": {**_shared(rows), **({"facts": asked} if any(asked) else {})},
+                "cells": cells,
+            }
+        )
+    return found
 
 
 def _examples(row: Mapping[str, Any]) -> bool:
@@ -128,14 +147,35 @@ def _examples(row: Mapping[str, Any]) -> bool:
     return shots != 0
 
 
+def _by_facts(rows: Rows) -> list[list[Mapping[str, Any]]]:
+    """Rows of every question's newest facts, then of the facts before, and so on.
+
+    Each has its own file of facts: one that has no older ones stays, at the lengths at which
+    another question has.
+
+    Args:
+        rows: that differ in question, facts and length, the newest last.
+    """
+    ages: dict[str, list[Any]] = {}
+    for row in reversed(rows):
+        known = ages.setdefault(row["task"], [])
+        if row["identity"].get("facts") not in known:
+            known.append(row["identity"].get("facts"))
+    found = []
+    for age in range(max(map(len, ages.values()))):
+        facts = {task: known[min(age, len(known) - 1)] for task, known in ages.items()}
+        alike = [row for row in rows if row["identity"].get("facts") == facts[row["task"]]]
+        lengths = {row["cell"] for row in alike if age < len(ages[row["task"]])}
+        found.append([row for row in alike if row["cell"] in lengths])
+    return found
+
+
 def _by_questions(rows: Rows) -> dict[tuple[str, ...], dict[str, dict[str, Any]]]:
     """Set of questions -> length -> mean accuracy, of rows that differ in question and length."""
-    newest = {row["task"]: row["identity"].get("facts") for row in rows}
     by_cell: dict[str, dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        if row["identity"].get("facts") == newest[row["task"]]:
-            question = row["task"].removeprefix("babilong_")
-            by_cell.setdefault(row["cell"], {})[question] = row
+        question = row["task"].removeprefix(_BABILONG)
+        by_cell.setdefault(row["cell"], {})[question] = row
     found: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
     for cell, asked in by_cell.items():
         every = tuple(sorted(asked, key=lambda name: int(name.removeprefix("qa"))))
@@ -169,6 +209,11 @@ def _alike(rows: Rows, but: Sequence[str] = ()) -> list[list[Mapping[str, Any]]]
         same = {name: value for name, value in row["identity"].items() if name not in but}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(row)
     return list(groups.values())
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, float]:
+    """Where a row stands among the results."""
+    return row["task"], tokens(row["cell"])
 
 
 def _percent(rows: Rows) -> dict[str, Any]:

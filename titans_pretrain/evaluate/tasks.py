@@ -1,6 +1,6 @@
 """The tasks that a model is evaluated on: what each must offer, and their names. No torch here."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -144,6 +144,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "babilong": BABILONG[:5],
 }
 _EVERY_TASKS = {"trained_length"}
+_NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {  # one option of each inner tuple
+    **dict.fromkeys(NIAH[1:], (("essays",),)),
+    **dict.fromkeys(BABILONG, (("facts",), ("background",))),
+    "position": (("text", "data"),),
+}
 
 
 def parse(text: str, options: Options) -> list[Task]:
@@ -154,8 +159,8 @@ def parse(text: str, options: Options) -> list[Task]:
         options: what the command line tells them.
 
     Raises:
-        UserError: an unknown name, an option that none of the tasks takes, or data that cannot be
-            reached or read; all but the last is a ``Misfit``.
+        UserError: an unknown name, an option that none of the tasks takes, one that a task needs,
+            or data that cannot be reached or read; all but the last is a ``Misfit``.
     """
     names, chosen = _chosen(text, options)
     opened = {
@@ -168,7 +173,7 @@ def check(text: str, options: Options) -> None:
     """Refuse names and options as ``parse`` does, without a look at any data.
 
     Raises:
-        Misfit: an unknown name, or an option that none of the tasks takes.
+        Misfit: an unknown name, an option that none of the tasks takes, or one that a task needs.
     """
     _chosen(text, options)
 
@@ -178,7 +183,9 @@ def _chosen(text: str, options: Options) -> tuple[list[str], dict[Family, list[s
     names = _names(text)
     chosen = {family: [name for name in names if name in family.names] for family in FAMILIES}
     chosen = {family: own for family, own in chosen.items() if own}
-    _check_options(options, chosen)
+    given = [one.name for one in fields(options) if getattr(options, one.name) != one.default]
+    _check_options(given, chosen)
+    _check_needs(set(given), names)
     return names, chosen
 
 
@@ -198,15 +205,31 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _check_options(options: Options, chosen: Iterable[Family]) -> None:
+def _check_options(given: Iterable[str], chosen: Iterable[Family]) -> None:
     read = set().union(*(family.reads for family in chosen)) | _EVERY_TASKS
-    for one in fields(options):
-        if one.name not in read and getattr(options, one.name) != one.default:
-            option = f"--{one.name.replace('_', '-')}"
-            readers = (family for family in FAMILIES if one.name in family.reads)
+    for one in given:
+        if one not in read:
+            option = _option(one)
+            readers = (family for family in FAMILIES if one in family.reads)
             names = [name for family in readers for name in family.names]
             raise Misfit(
                 f"none of the tasks reads {option}",
                 where=option,
                 fix=f"leave it out, or add one of {', '.join(names)}" if names else "leave it out",
             )
+
+
+def _check_needs(given: Set[str], names: Iterable[str]) -> None:
+    for name in names:
+        missing = [several for several in _NEEDS.get(name, ()) if given.isdisjoint(several)]
+        if missing:
+            told = " and ".join(" or ".join(map(_option, several)) for several in missing)
+            raise Misfit(
+                f"{name} needs {told}",
+                where=f"--tasks {name}",
+                fix=f"add {told} (titans eval --help), or leave {name} out",
+            )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

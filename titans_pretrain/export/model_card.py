@@ -59,6 +59,7 @@ were separated by `{end}`, so an empty prompt begins with it. Batches are padded
 {configuration}```
 """
 
+_CUSTOM_CODE = "custom_code"  # the Hub's tag of models that need trust_remote_code
 _OWN_CODE = f"{__package__.partition('.')[0]}."
 _USE = {
     "imports": "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast",
@@ -121,9 +122,13 @@ def _use_of_package(name: str) -> dict[str, str]:
 
 
 def _tags(run: RunConfig) -> list[str]:
-    if foreign.is_foreign(run.model):
-        return [foreign.name_of(run.model)]
-    return ["titans", "neural-memory", "custom_code", run.model["variant"]]
+    if not foreign.is_foreign(run.model):
+        return ["titans", "neural-memory", _CUSTOM_CODE, run.model["variant"]]
+    config = foreign.configuration(run.model)
+    if _use(run.model[foreign.KEY]) is not _USE:
+        return [config.model_type]
+    memory = ["memory-embeddings"] if config.memory_embeddings else []
+    return [*dict.fromkeys(config.mixers), *memory, _CUSTOM_CODE]
 
 
 def _kind(run: RunConfig) -> str:

@@ -34,11 +34,34 @@ def logits(
         ids: (rows, T) token ids.
 
     Raises:
-        TitansError: the process of its own fails.
+        TitansError: the model does not run, or a logit is not finite.
     """
-    if not gpu_packages.are_taken():
-        read = functools.partial(weights.read, checkpoint, dtype=dtype)
+    compute = _elsewhere if gpu_packages.are_taken() else _here
+    found = compute(checkpoint, model, dtype, ids)
+    if not found.isfinite().all():
+        raise TitansError(
+            "the checkpoint's logits are not finite",
+            where=str(checkpoint),
+            fix="export an earlier checkpoint",
+        )
+    return found
+
+
+def _here(
+    checkpoint: Path, model: nn.Module, dtype: torch.dtype, ids: torch.Tensor
+) -> torch.Tensor:
+    read = functools.partial(weights.read, checkpoint, dtype=dtype)
+    try:
         return reload.logits(model, ids, read)
+    except (TitansError, OSError, MemoryError):  # of the checkpoint's files, and of this machine
+        raise
+    except Exception as error:
+        raise _does_not_run(f"{type(error).__name__}: {error}", checkpoint) from error
+
+
+def _elsewhere(
+    checkpoint: Path, model: nn.Module, dtype: torch.dtype, ids: torch.Tensor
+) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as temporary:
         room = Path(temporary)
         save_file({"ids": ids}, room / "ids.safetensors")
@@ -66,12 +89,16 @@ def _run(room: Path, checkpoint: Path) -> None:
         check=False,
     )
     if done.returncode:
-        told = " | ".join(done.stderr.strip().splitlines()[-_SHOWN_LINES:])
-        raise TitansError(
-            f"the trained model does not run on the CPU: {told}",
-            where=str(checkpoint),
-            fix="train a model whose layers run without GPU kernels, to export it",
-        )
+        raise _does_not_run(done.stderr, checkpoint)
+
+
+def _does_not_run(told: str, checkpoint: Path) -> TitansError:
+    last = " | ".join(told.strip().splitlines()[-_SHOWN_LINES:])
+    return TitansError(
+        f"the trained model does not run on the CPU: {last}",
+        where=str(checkpoint),
+        fix="train a model whose layers run without GPU kernels, to export it",
+    )
 
 
 def main(request_path: str) -> None:

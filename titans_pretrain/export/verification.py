@@ -21,8 +21,9 @@ from titans_pretrain.export import reload, tokenizer
 PROJECT = "titans_pretrain"
 ROWS = 2
 WHOLE_BYTES = 2**31  # of float32 weights, up to which from_pretrained is tried as well
+SPAN = 512  # tokens, of chunks, segments and windows that are gone beyond; of longer ones, grids
+_SPAN_OF_OTHERS = 64  # of other libraries' models, whose code is not in the directory
 _MOST_TOKENS = 600
-_GRID = 64  # of a model that has none
 _SHOWN_LINES = 5
 
 
@@ -47,12 +48,13 @@ def verify(
             must load without one.
 
     Raises:
-        TitansError: it does not load, a key is missing or unexpected, it needs the project, or a
-            logit or a token id differs.
+        TitansError: it does not load or run, a key is missing or unexpected, it needs the project,
+            or a logit or a token id differs.
     """
     config: Any = model.config
     longest = getattr(config, "max_position_embeddings", None) or _MOST_TOKENS
-    length = min(getattr(config, "grid", _GRID) + 5, _MOST_TOKENS, longest)
+    span = max(config.grid, SPAN) if hasattr(config, "grid") else _SPAN_OF_OTHERS
+    length = min(span + 5, _MOST_TOKENS, longest)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (ROWS, length), generator=generator)
     wanted = compute(ids)
@@ -95,7 +97,7 @@ def _reload(
             "threads": torch.get_num_threads(),
         }
         (room / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        printed = _run(room, directory)
+        printed = _run(room, directory, named)
         report: dict[str, Any] = json.loads(printed.splitlines()[-1])
         return report, load_file(room / "logits.safetensors")
 
@@ -109,7 +111,7 @@ def _path(*, everything: bool) -> list[str]:
     ]
 
 
-def _run(room: Path, directory: Path) -> str:
+def _run(room: Path, directory: Path, named: str | None) -> str:
     """What the clean process printed."""
     # -I and -S: no variables, no current directory, no .pth file that would bring the project.
     done = subprocess.run(
@@ -122,8 +124,15 @@ def _run(room: Path, directory: Path) -> str:
         check=False,
     )
     if done.returncode:
-        told = done.stderr.strip().splitlines()[-_SHOWN_LINES:]
-        raise _error(f"it does not load: {' | '.join(told)}", directory)
+        told = " | ".join(done.stderr.strip().splitlines()[-_SHOWN_LINES:])
+        if named is not None:
+            kernels = ", ".join(gpu_packages.NAMES)
+            raise TitansError(
+                f"{named} does not load or run in a clean process on the CPU: {told}",
+                where=str(directory),
+                fix=f"nothing was left behind; export a model that runs without {kernels}",
+            )
+        raise _error(f"it does not load: {told}", directory)
     return done.stdout
 
 

@@ -137,6 +137,8 @@ def generate(
     disable_progress_bar()
     set_verbosity_error()
     place = choose_device(device)
+    if memory is not None:
+        check_memory(settings(directory), str(directory))
     model, tokenizer = load(directory, trust_remote_code=trust_remote_code, device=place)
     model.to(place)
     with torch.inference_mode():
@@ -165,7 +167,6 @@ def _begin(directory: Path, model: Any, tokenizer: Any, prompt: str, memory: Pat
         return _Begun(ids)
     from titans_pretrain.inference import memory_file
 
-    check_memory(model, str(directory))
     held = memory_file.load(memory, model, memory_file.Owner.of(directory, model))
     if held.reading is not None:
         raise UserError(

@@ -1,5 +1,6 @@
 """Long texts through a model of this project, in pieces and at constant memory."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from titans_pretrain.errors import UserError
@@ -37,17 +38,22 @@ def continues(model: Any) -> bool:
     return model.config.model_type in OWN
 
 
-def is_titans(model: Any) -> bool:
-    """Whether a model is of Titans' blocks, the Transformer++ baseline included."""
-    return model.config.model_type == "titans"
+def check_memory(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse a model that has no neural memory, before any of it is loaded.
 
+    Args:
+        settings: its ``config.json``.
+        where: its directory.
 
-def check_memory(model: Any, where: str) -> None:
-    """Refuse a model that has no neural memory."""
-    from titans_pretrain.model.fields import WITH_MEMORY
+    Raises:
+        UserError: it has none.
+    """
+    from titans_pretrain.model.fields import WITH_MEMORY, defaults
 
-    if not is_titans(model) or model.config.variant not in WITH_MEMORY:
-        kind = model.config.variant if is_titans(model) else model.config.model_type
+    kind, is_titans = settings.get("model_type"), settings.get("model_type") == "titans"
+    if is_titans:
+        kind = settings.get("variant", defaults()["variant"])
+    if not is_titans or kind not in WITH_MEMORY:
         raise UserError(
             f"a {kind} model has no neural memory",
             where=where,

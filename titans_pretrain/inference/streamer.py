@@ -8,6 +8,7 @@ from titans_pretrain.inference.token_stream import BYTE_PIECES
 
 _KEPT = 8  # tokens that stay as context of the next ones' text
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_BYTES = 4  # of the longest character: so many tokens may spell it
 
 
 class Streamer:
@@ -76,8 +77,14 @@ class Streamer:
     def _add_piece(self, token: int) -> None:
         self._end_run()
         self._waiting.append(token)
-        if not self._text_of_waiting().endswith(_UNFINISHED):
+        text = self._text_behind_context(self._waiting)
+        if self._bytes or not text.endswith(_UNFINISHED):  # with byte tokens, pieces are whole
             self._end_pieces()
+        elif len(self._waiting) == _BYTES:
+            # characters begun in the first token are whole; each took one place before, too
+            first = self._waiting.pop(0)
+            self._tell(text[: len(self._text_behind_context([first]))])
+            self._keep([first])
 
     def _end_run(self) -> None:
         if self._run is not None:
@@ -86,12 +93,12 @@ class Streamer:
 
     def _end_pieces(self) -> None:
         if self._waiting:
-            self._tell(self._text_of_waiting())
+            self._tell(self._text_behind_context(self._waiting))
             self._keep(self._waiting)
         self._waiting = []
 
-    def _text_of_waiting(self) -> str:
-        return self._decode(self._context + self._waiting)[len(self._decode(self._context)) :]
+    def _text_behind_context(self, tokens: Sequence[int]) -> str:
+        return self._decode([*self._context, *tokens])[len(self._decode(self._context)) :]
 
     def _tell(self, text: str) -> None:
         self.text += text

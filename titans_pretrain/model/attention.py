@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_blocks import by_blocks, continue_window, with_prefix
+from .attention_blocks import continue_window, with_prefix
+from .attention_flex import attend_window
 from .boundary import WHOLE, Boundary
 from .configuration_titans import TitansConfig
 from .documents import Documents, Stretch
@@ -102,7 +103,7 @@ class WindowAttention(nn.Module):
         own, before = self.boundary.halo(self.window - 1, (keys, values), dim=2)
         keys, values = (torch.cat(pair, 2) for pair in zip(before, own, strict=True))
         reach = None if documents is None else documents.bounds(self.boundary, x.device).reach
-        return by_blocks(queries, keys, values, self.window, prefix=prefix, reach=reach)
+        return attend_window(queries, keys, values, self.window, prefix=prefix, reach=reach)
 
 
 def _causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention_blocks import by_blocks, continue_window
+from .attention_blocks import continue_window
+from .attention_flex import attend_window
 from .layers import full_precision, merge_heads, rotate, split_heads
 from .layout import Layout, join, newest
 
@@ -101,7 +102,7 @@ class WindowAttention(nn.Module):
         queries, keys = (rotated(part, positions, self.theta) for part in (queries, keys))
         after: Cached = {}
         if layout is None:
-            read = by_blocks(queries, keys, values, self.window)
+            read = attend_window(queries, keys, values, self.window)
         else:
             read, after = continue_window(queries, keys, values, layout, cached or {}, self.window)
         return self.o_proj(merge_heads(read)), after

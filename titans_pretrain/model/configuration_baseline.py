@@ -1,5 +1,6 @@
 """Configuration of the baselines that no library keeps, as Hugging Face knows it."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,22 @@ KINDS = (
     "mamba2",
 )
 TTT_KINDS = ("ttt_linear", "ttt_mlp")
+MAMBA2_HEAD = 64
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_heads",
+    "intermediate_size",
+    "window_size",
+    "conv_width",
+    "chunk_size",
+    "mini_batch_size",
+    "state_size",
+    "expand",
+    "segment_length",
+)
+_ABOVE_ZERO = ("rope_theta", "inner_learning_rate", "rms_norm_eps", "initializer_range")
 
 
 class BaselineConfig(PretrainedConfig):
@@ -78,7 +95,7 @@ class BaselineConfig(PretrainedConfig):
         eos_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.mixers = list(mixers)
+        self.mixers = list(mixers or ())
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -113,6 +130,11 @@ class BaselineConfig(PretrainedConfig):
             return self.segment_length
         return self.mini_batch_size if set(self.mixers) & set(TTT_KINDS) else 1
 
+    @property
+    def mamba2_head_width(self) -> int:
+        """Of Mamba2, whose heads are as many as fill its inner width."""
+        return min(MAMBA2_HEAD, self.hidden_size * self.expand // self.num_heads)
+
     def kinds(self) -> list[str]:
         """The mixer of every block."""
         return [self.mixers[i % len(self.mixers)] for i in range(self.num_hidden_layers)]
@@ -123,16 +145,17 @@ class BaselineConfig(PretrainedConfig):
             raise ValueError(
                 f"mixers {unknown or self.mixers}: use names out of {', '.join(KINDS)}"
             )
+        self._check_numbers()
         if self.hidden_size % (8 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is no multiple of 8 * num_heads {self.num_heads}"
             )
-        positive = "num_hidden_layers window_size conv_width chunk_size mini_batch_size"
-        for name in (*positive.split(), "segment_length", "state_size", "expand"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is less than 1")
-        if self.memory_embeddings < 0:
-            raise ValueError(f"memory_embeddings {self.memory_embeddings} is less than 0")
+        inside = self.hidden_size * self.expand
+        if "mamba2" in self.mixers and inside % self.mamba2_head_width:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} * expand {self.expand} is no multiple of mamba2's "
+                f"head width {self.mamba2_head_width}"
+            )
         if self.memory_embeddings and set(self.mixers) != {"window"}:
             raise ValueError(f"memory_embeddings need mixers ['window'], not {self.mixers}")
         needed = self.segment_length + 2 * self.memory_embeddings
@@ -141,6 +164,18 @@ class BaselineConfig(PretrainedConfig):
                 f"window_size {self.window_size} does not reach over a segment and its memory: "
                 f"{needed} is the smallest (segment_length + 2 * memory_embeddings)"
             )
+
+    def _check_numbers(self) -> None:
+        for name, least in (dict.fromkeys(_COUNTS, 1) | {"memory_embeddings": 0}).items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name} {value} is no whole number")
+            if value < least:
+                raise ValueError(f"{name} {value} is less than {least}")
+        for name in _ABOVE_ZERO:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} {value} is no finite number above 0")
 
 
 __all__ = ["BaselineConfig"]

@@ -3,6 +3,8 @@
 Shapes: B batch, T time (or slots), D width, h head width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,12 +73,38 @@ class ShortConvolution(nn.Module):
         else:
             joined = join(history, x, layout)
             after = newest(joined, past, layout)
+        if reach is None:
+            return _Convolved.apply(joined, self.weight), after
         time = x.shape[1]
         taps = [joined[:, tap : tap + time] * self.weight[:, tap] for tap in range(self.width)]
-        if reach is not None:  # of the products: autograd would keep a copy of each tap's inputs
-            for tap in range(past):
-                taps[tap] = torch.where((reach >= past - tap)[..., None], taps[tap], 0)
+        for tap in range(past):  # of the products: autograd would keep a copy of each tap's inputs
+            taps[tap] = torch.where((reach >= past - tap)[..., None], taps[tap], 0)
         return torch.stack(taps).sum(0), after
+
+
+class _Convolved(torch.autograd.Function):
+    """Depthwise convolution (B, T + K - 1, D) with (D, K); a library's gradients are slow here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _depthwise(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        time, past = grad.shape[1], weight.shape[1] - 1
+        x_grad = _depthwise(F.pad(grad, (0, 0, past, past)), weight.flip(1))
+        taps = [(grad * x[:, tap : tap + time]).flatten(0, 1).sum(0) for tap in range(past + 1)]
+        return x_grad, torch.stack(taps, 1)
+
+
+def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
+    """As a convolution over images of one row, whose channels may come last."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        image, kernel = x.to(dtype).mT[:, :, None], weight.to(dtype)[:, None, None]
+        return F.conv2d(image, kernel, groups=len(weight))[:, :, 0].mT
 
 
 class SwiGLU(nn.Module):

@@ -3,8 +3,6 @@
 Shapes: B batch, T time (or slots), D width, C channels inside, N state size.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,7 +95,9 @@ def selective_scan(
         y (B, T, C), and the state afterwards.
     """
     time = x.shape[1]
-    size = math.isqrt(time - 1) + 1
+    size = 1
+    while size * size < time:  # no root of a length, which a graph may know only by its bounds
+        size *= 2
     added, steps, write, read = (
         F.pad(part, (0, 0, 0, -time % size)).unflatten(1, (-1, size))
         for part in (steps * x, steps, write, read)

@@ -7,25 +7,31 @@ Shapes: B batch, H heads, T time, d head width; weights are (B, H, out, in).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .memory_blocks import stack, unstack, widths_of
 from .memory_chunk import (
     MemoryState,
     Resets,
     Rule,
     Tokens,
     chunk_step,
+    exact,
     flatten,
     state_dtype,
     unflatten,
 )
+from .memory_stretch import Form, Stretch, scan_stretch, scan_stretch_backward
 
 __all__ = ["MemoryState", "Resets", "memory_scan"]
 
+STRETCH = 256  # tokens, or one chunk: between two of the states that are kept for backward
 
+
+@exact
 def memory_scan(
     queries: Tensor,
     keys: Tensor,
@@ -76,8 +82,8 @@ def memory_scan(
         first = None if resets is None else resets.first
         reads, *final = _RecomputedScan.apply(rule, chunk_size, first, *flat)
         return reads, unflatten(final)
-    reads, final_state, _ = _scan(tokens, state, chunk_size, rule, resets, keep_starts=False)
-    return reads, final_state
+    reads, final, _ = _scan(tokens, state, chunk_size, rule, resets, keep_starts=False)
+    return reads, unflatten(final)
 
 
 def _cast(state: MemoryState, dtype: torch.dtype) -> MemoryState:
@@ -125,27 +131,27 @@ def check(
         raise ValueError(f"the state of resets is {shapes}, expected {expected_shapes}")
 
 
-def _scan(
-    tokens: Tokens,
-    state: MemoryState,
-    chunk_size: int,
-    rule: Rule,
-    resets: Resets | None,
-    *,
-    keep_starts: bool,
-) -> tuple[Tensor, MemoryState, list[Tensor]]:
-    """The loop over chunks; ``keep_starts`` collects the state before each."""
-    reads: list[Tensor] = []
-    starts: list[Tensor] = []
-    for first in range(0, tokens.queries.shape[2], chunk_size):
-        if keep_starts:
-            starts += flatten(state)
-        part = tokens.at(first, first + chunk_size)
-        begun = _within(resets, first, first + chunk_size, part.queries.device)
-        read, state = chunk_step(part, state.weights, state, rule, resets=begun)
-        reads.append(read)
-    joined = torch.cat(reads, 2) if reads else torch.zeros_like(tokens.queries)
-    return joined, state, starts
+class _Part(NamedTuple):
+    """Tokens [first, end) of a scan: a stretch of whole chunks, or one chunk with resets."""
+
+    first: int
+    end: int
+    resets: Resets | None
+
+
+def _parts(time: int, chunk_size: int, resets: Resets | None, device: torch.device) -> list[_Part]:
+    """The scan's parts in order."""
+    parts: list[_Part] = []
+    open_until = 0
+    for first in range(0, time, chunk_size):
+        end = min(first + chunk_size, time)
+        begun = _within(resets, first, end, device)
+        if begun is None and parts and parts[-1].resets is None and end <= open_until:
+            parts[-1] = parts[-1]._replace(end=end)
+            continue
+        open_until = first + STRETCH
+        parts.append(_Part(first, end, begun))
+    return parts
 
 
 def _within(resets: Resets | None, first: int, last: int, device: torch.device) -> Resets | None:
@@ -156,8 +162,39 @@ def _within(resets: Resets | None, first: int, last: int, device: torch.device) 
     return part._replace(first=part.first.to(device, non_blocking=True))
 
 
+def _scan(
+    tokens: Tokens,
+    state: MemoryState,
+    chunk_size: int,
+    rule: Rule,
+    resets: Resets | None,
+    *,
+    keep_starts: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The loop over parts; ``keep_starts`` collects the running state before each."""
+    batch, _, time, _ = tokens.queries.shape
+    reads = torch.empty_like(tokens.queries, memory_format=torch.contiguous_format)
+    running, dtype = stack(*state), state.weights[0].dtype
+    form = Form(widths_of(state.weights), rule, chunk_size)
+    starts: list[Tensor] = []
+    for first, end, begun in _parts(time, chunk_size, resets, reads.device):
+        if keep_starts:
+            starts += running
+        part = tokens.at(first, end)
+        if begun is None:
+            read, running = scan_stretch(Stretch.of(part, dtype), running, form)
+            reads[:, :, first:end] = read.unflatten(0, (batch, -1))
+        else:
+            before = unflatten(unstack(running, form.widths, batch))
+            reads[:, :, first:end], after = chunk_step(
+                part, before.weights, before, rule, resets=begun
+            )
+            running = stack(*after)
+    return reads, unstack(running, form.widths, batch), starts
+
+
 class _RecomputedScan(torch.autograd.Function):
-    """The scan, keeping only chunk-start states and recomputing each chunk in backward.
+    """The scan, keeping only the state before each part and recomputing the part in backward.
 
     ``flat`` holds tokens, the first state, and the state of resets where ``first`` is given.
     """
@@ -172,42 +209,51 @@ class _RecomputedScan(torch.autograd.Function):
         reads, final, starts = _scan(tokens, state, chunk_size, rule, resets, keep_starts=True)
         ctx.rule, ctx.chunk_size, ctx.first, ctx.size = rule, chunk_size, first, size
         ctx.save_for_backward(*tokens, *begun, *starts)
-        # a returned input would be taken for a view of it: with no token the state is one
-        fresh = [tensor if starts else tensor.clone() for tensor in flatten(final)]
-        return reads, *fresh
+        return reads, *final
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # grad mode is on here only under create_graph, and the recomputed chunks are cut off
+        # grad mode is on here only under create_graph, and the recomputed parts are cut off
         if torch.is_grad_enabled():
             raise RuntimeError("memory_scan has no second derivative; memory_reference has")
+        with torch.autocast(device_type=grads[0].device.type, enabled=False):
+            return _RecomputedScan.pull(ctx, grads)
+
+    @staticmethod
+    def pull(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients of all that ``forward`` took."""
         # checkpointing unpacks a saved tensor once
-        saved, size, resets = ctx.saved_tensors, ctx.size, None
-        tokens, starts = Tokens(*saved[:6]), saved[6:]
+        saved, size, depth = ctx.saved_tensors, ctx.size, ctx.size // 2
+        tokens, starts, resets = Tokens(*saved[:6]), saved[6:], None
         if ctx.first is not None:
             resets, starts = Resets(ctx.first, unflatten(starts[:size])), starts[size:]
-        read_grad, state_grads = grads[0], list(grads[1:])
         begun_grads = [] if resets is None else [torch.zeros_like(t) for t in saved[6 : 6 + size]]
-        parts = []
-        for chunk in reversed(range(len(starts) // size)):
-            first, last = chunk * ctx.chunk_size, (chunk + 1) * ctx.chunk_size
-            state = unflatten(starts[chunk * size : (chunk + 1) * size])
-            begun = _within(resets, first, last, read_grad.device)
-            pulled = _chunk_backward(
-                tokens.at(first, last),
-                state,
-                begun,
-                (read_grad[:, :, first:last], *state_grads),
-                ctx.rule,
-            )
-            parts.append(pulled[:6])
-            state_grads = pulled[6 : 6 + size]
-            for total, gradient in zip(begun_grads, pulled[6 + size :], strict=begun is not None):
-                total += gradient
-        joined = [torch.cat(part[::-1], 2) for part in zip(*parts, strict=True)] or [
-            torch.zeros_like(tensor) for tensor in tokens
-        ]
-        return None, None, None, *joined, *state_grads, *begun_grads
+        token_grads = Tokens(*(torch.empty_like(x) for x in tokens))
+        batch, _, time, _ = tokens.queries.shape
+        after_grads, dtype = unflatten(grads[1:]), grads[1].dtype
+        form = Form(widths_of(after_grads.weights), ctx.rule, ctx.chunk_size)
+        running = stack(*after_grads)
+        parts = _parts(time, ctx.chunk_size, resets, tokens.queries.device)
+        for number, (first, end, begun) in reversed(list(enumerate(parts))):
+            start = starts[number * depth : (number + 1) * depth]
+            part, read_grad = tokens.at(first, end), grads[0][:, :, first:end]
+            if begun is None:
+                pulled, running = scan_stretch_backward(
+                    Stretch.of(part, dtype), start, form, read_grad.to(dtype).flatten(0, 1), running
+                )
+                own = pulled.tokens(batch)
+            else:
+                before, after = (unstack(x, form.widths, batch) for x in (start, running))
+                found = _chunk_backward(
+                    part, unflatten(before), begun, (read_grad, *after), ctx.rule
+                )
+                own, running = Tokens(*found[:6]), stack(*unflatten(found[6 : 6 + size]))
+                for total, gradient in zip(begun_grads, found[6 + size :], strict=True):
+                    total += gradient
+            for total, gradient in zip(token_grads, own, strict=True):
+                total[:, :, first:end] = gradient
+        state_grads = unstack(running, form.widths, batch)
+        return None, None, None, *token_grads, *state_grads, *begun_grads
 
 
 def _chunk_backward(

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # transformers 4 exports only the modules that this file imports itself
 from .attention_blocks import by_blocks  # noqa: F401
+from .attention_flex import attend_window  # noqa: F401
 from .baseline_layers import (
     CausalConvolution,
     ShortConvolution,
@@ -27,9 +28,8 @@ from .layout import Layout, choose
 from .linear_mixers import LARGEST_A, PARTS, RATES, SMALLEST_A, HeadDecay, LinearMixer
 from .mamba_mixers import Mamba, Mamba2
 from .recurrences import by_chunks  # noqa: F401
-from .ttt import TTT, BeforeTTT
+from .ttt import TTT, BeforeTTT, InnerModel
 
-MAMBA2_HEAD = 64
 CUT = 0.8796  # standard deviation of a normal that is cut at two of its own
 
 
@@ -68,7 +68,7 @@ def _mamba(config: BaselineConfig, kind: str) -> nn.Module:
 
 
 def _mamba2(config: BaselineConfig, sizes: dict[str, Any]) -> nn.Module:
-    head = min(MAMBA2_HEAD, config.hidden_size * config.expand // config.num_heads)
+    head = config.mamba2_head_width
     return (
         Mamba2Model(
             Mamba2Config(
@@ -163,11 +163,11 @@ class BaselinePreTrainedModel(PreTrainedModel):
             nn.init.uniform_(module.dt_bias, *RATES)
         elif isinstance(module, MemoryEmbeddings):
             nn.init.normal_(module.embeddings, std=std)
-        elif isinstance(module, TTT):
-            for weight in module.inner_weights:
+        elif isinstance(module, InnerModel):
+            for weight, bias in module():
                 nn.init.normal_(weight, std=std)
-            for bias in module.inner_biases:
                 nn.init.zeros_(bias)
+        elif isinstance(module, TTT):
             nn.init.zeros_(module.inner_shift)
             nn.init.zeros_(module.step_sizes)
             nn.init.ones_(module.inner_scale)
@@ -244,7 +244,7 @@ class BaselineModel(BaselinePreTrainedModel):
         count = self.config.memory_embeddings
         if not count:
             return self._blocks(hidden)
-        memory = self.memory(hidden.shape[0]).to(hidden.dtype)
+        memory = self.memory(hidden.shape[0]).to(hidden)
         outputs = []
         for segment in hidden.split(self.config.segment_length, 1):
             out = self._blocks(torch.cat([memory, segment, memory], 1)).to(hidden.device)
@@ -257,7 +257,7 @@ class BaselineModel(BaselinePreTrainedModel):
         length = self.config.segment_length
         memory = cache.layers[0].state.get("memory")
         if memory is None:
-            memory = self.memory(hidden.shape[0]).to(hidden.dtype)
+            memory = self.memory(hidden.shape[0]).to(hidden)
         place = layout.position % length
         inside = torch.where(place > 0, place + self.config.memory_embeddings, 0)
         outputs = []
@@ -284,7 +284,10 @@ class BaselineModel(BaselinePreTrainedModel):
         count = self.config.memory_embeddings
         begins = (part.count > 0) & (inside == 0)
         ends = (part.count > 0) & (part.end % self.config.segment_length == 0)
-        before, after = (memory[:, : count * bool(rows.any())] for rows in (begins, ends))
+        every = torch.compiler.is_compiling()  # a graph cannot branch on what a tensor holds
+        before, after = (
+            memory[:, : count * (every or bool(rows.any()))] for rows in (begins, ends)
+        )
         mask = [begins[:, None].expand(before.shape[:2]), part.valid]
         mask.append(ends[:, None].expand(after.shape[:2]))
         within = Layout.build(torch.cat(mask, 1), inside, 1)

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 # transformers 4 exports only the modules that this file imports itself
 from .attention import WindowAttention  # noqa: F401
 from .attention_blocks import by_blocks  # noqa: F401
+from .attention_flex import attend_window  # noqa: F401
 from .boundary import Boundary  # noqa: F401
 from .cache import TitansCache, cache_of_call, layout_of_call
 from .causal_lm import CausalLMGenerationMixin, embedded, refuse
@@ -23,9 +24,11 @@ from .fields import FIELDS  # noqa: F401
 from .layers import PersistentTokens, RMSNorm, ShortConvolution, SwiGLU
 from .layout import Layout
 from .memory import memory_scan  # noqa: F401
+from .memory_blocks import read_and_write  # noqa: F401
 from .memory_chunk import chunk_step  # noqa: F401
 from .memory_coefficients import coefficients  # noqa: F401
 from .memory_open import scan_open  # noqa: F401
+from .memory_stretch import scan_stretch  # noqa: F401
 from .mixers import MIXERS
 from .neural_memory import Gate, InitialWeights
 

@@ -46,6 +46,23 @@ class BeforeTTT(nn.Module):
         return x + out, after
 
 
+class InnerModel(nn.Module):
+    """The inner model before the first token, learned, one for each head."""
+
+    def __init__(self, heads: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        self.depth = len(widths) - 1
+        for layer, (width, out) in enumerate(itertools.pairwise(widths)):
+            weight, bias = torch.zeros(heads, width, out), torch.zeros(heads, 1, out)
+            self.register_parameter(f"weight_{layer}", nn.Parameter(weight))
+            self.register_parameter(f"bias_{layer}", nn.Parameter(bias))
+
+    def forward(self) -> Layers:
+        """Weight (H, in, out) and bias (H, 1, out) of each layer."""
+        layers = range(self.depth)
+        return [(getattr(self, f"weight_{i}"), getattr(self, f"bias_{i}")) for i in layers]
+
+
 class TTT(nn.Module):
     """TTT-Linear, or TTT-MLP."""
 
@@ -63,10 +80,7 @@ class TTT(nn.Module):
         self.rate_proj = nn.Linear(width, self.heads)
         self.step_sizes = nn.Parameter(torch.zeros(self.batch))
         widths = [head, head] if kind == "ttt_linear" else [head, EXPANSION * head, head]
-        self.inner_weights = nn.ParameterList(
-            torch.zeros(self.heads, *pair) for pair in itertools.pairwise(widths)
-        )
-        self.inner_biases = nn.ParameterList(torch.zeros(self.heads, 1, out) for out in widths[1:])
+        self.inner = InnerModel(self.heads, widths)
         self.inner_scale = nn.Parameter(torch.ones(self.heads, 1, head))
         self.inner_shift = nn.Parameter(torch.zeros(self.heads, 1, head))
         self.norm = nn.LayerNorm(width, EPSILON)
@@ -126,17 +140,16 @@ class TTT(nn.Module):
         return torch.cat(outputs, 2), after
 
     def _begin(self) -> Layers:
-        pairs = zip(self.inner_weights, self.inner_biases, strict=True)
-        return [(weight.float(), bias.float()) for weight, bias in pairs]
+        return [(weight.float(), bias.float()) for weight, bias in self.inner()]
 
     def _names(self) -> list[tuple[str, str]]:
         """Of the inner layers and of what the open mini-batch has taught each, in a cache."""
-        kinds, count = ("inner", "learned"), len(self.inner_weights)
+        kinds, count = ("inner", "learned"), self.inner.depth
         return [(f"{kind}_weight.{i}", f"{kind}_bias.{i}") for kind in kinds for i in range(count)]
 
     def _restore(self, cached: Cached, batch: int) -> tuple[Layers, Layers]:
         """The inner layers, and what the open mini-batch has taught; both with the batch first."""
-        count, names = len(self.inner_weights), self._names()
+        count, names = self.inner.depth, self._names()
         if names[0][0] in cached:
             found = [(cached[weight], cached[bias]) for weight, bias in names]
             return found[:count], found[count:]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from titans_pretrain.model.boundary import Boundary
-from titans_pretrain.parallel import tensor
+from titans_pretrain.parallel import loss_head, tensor
 from titans_pretrain.parallel.groups import Groups
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.parallel.replay import Replay
@@ -48,11 +48,14 @@ class Parallel:
     def apply(self, unit: nn.Module, name: str) -> None:
         """Split a part of a model over tensor ranks, and give its layers this rank's span.
 
+        Its head can answer with losses then.
+
         Args:
             unit: materialised weights, equal on all ranks.
             name: its full name in the model, ``""`` for a whole one.
         """
         tensor.split(unit, name, self.groups, self.replay)
+        loss_head.place(unit, name)
         for place, module in unit.named_modules(prefix=name):
             if isinstance(module, GradientCheckpointingLayer):
                 module.register_forward_pre_hook(self._tell(place))
@@ -75,13 +78,3 @@ class Parallel:
         if extra > 1 or not length:
             raise ValueError(f"{columns.shape[1]} columns do not divide into {ranks} equal spans")
         return columns[:, index * length : (index + 1) * length + extra]
-
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Loss of every target in float32 nats.
-
-        Args:
-            logits: (rows, time, V / tensor ranks), this rank's share of the vocabulary.
-            targets: (rows, time).
-        """
-        losses: Tensor = tensor.cross_entropy(logits, targets, self.groups)
-        return losses

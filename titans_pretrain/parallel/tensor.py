@@ -14,7 +14,6 @@ that are not cut get the same gradient on every rank, bit for bit.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_pretrain.errors import TitansError
@@ -22,7 +21,6 @@ from titans_pretrain.model.layers import (
     PersistentTokens,
     RMSNorm,
     ShortConvolution,
-    full_precision,
 )
 from titans_pretrain.model.neural_memory import Gate, InitialWeights
 from titans_pretrain.parallel import tensor_comm
@@ -54,22 +52,6 @@ def split(unit: nn.Module, name: str, groups: Groups, replay: Replay) -> None:
                 where="titans_pretrain/parallel/tensor.py",
                 fix="say there how it is split, or train with mesh.tensor=1",
             )
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, groups: Groups) -> Tensor:
-    """Loss of every target in nats, (rows, time), in float32 (float64 where the logits are).
-
-    Args:
-        logits: (rows, time, V / tensor ranks), this rank's share of the vocabulary.
-        targets: (rows, time) token ids in [0, V).
-    """
-    if groups.mesh.tensor == 1:
-        full = full_precision(logits).flatten(0, 1)
-        return F.cross_entropy(full, targets.flatten(), reduction="none").view(targets.shape)
-    from titans_pretrain.parallel.tensor_layers import CrossEntropy
-
-    losses: Tensor = CrossEntropy.apply(logits, targets, groups.tensor)
-    return losses
 
 
 class Window(NamedTuple):
@@ -116,24 +98,25 @@ def _vocabulary(embedding: nn.Embedding, site: _Site) -> None:
 
 def _outputs(linear: nn.Linear, site: _Site) -> None:
     """Some outputs of a layer whose input entered before, or was gathered."""
-    _column(linear, site, sums_gradient=False)
+    from titans_pretrain.parallel.tensor_layers import Column
+
+    _cut(linear, 0, site)
+    _become(linear, Column(linear, site.groups.tensor))
 
 
-def _logits(linear: nn.Linear, site: _Site) -> None:
-    _column(linear, site, sums_gradient=True)
+def _head(linear: nn.Linear, site: _Site) -> None:
+    from titans_pretrain.parallel.tensor_layers import Head
+
+    if linear.bias is not None:
+        raise TitansError(f"{site.name} has a bias, which losses would leave out")
+    _cut(linear, 0, site)
+    _become(linear, Head(linear, site.groups.tensor))
 
 
 def _gate(gate: Gate, site: _Site) -> None:
     initial_bias = gate.initial_bias
-    _column(gate, site, sums_gradient=False)
+    _outputs(gate, site)
     gate.initial_bias = initial_bias
-
-
-def _column(linear: nn.Linear, site: _Site, *, sums_gradient: bool) -> None:
-    from titans_pretrain.parallel.tensor_layers import Column
-
-    _cut(linear, 0, site)
-    _become(linear, Column(linear, site.groups.tensor, sums_gradient=sums_gradient))
 
 
 def _inputs(linear: nn.Linear, site: _Site) -> None:
@@ -201,7 +184,7 @@ _ROLES: dict[str, tuple[type[nn.Module], _Role]] = {
     "o_proj": (nn.Linear, _inputs),
     "down_proj": (nn.Linear, _last_inputs),
     "model.norm": (RMSNorm, _same),
-    "lm_head": (nn.Linear, _logits),
+    "lm_head": (nn.Linear, _head),
 }
 
 

@@ -3,7 +3,7 @@
 The layers are given their process group, so that megatron's global state stays unused. Importing
 takes seconds, and is left to runs that split layers.
 
-Shapes: B batch, T time, D width, V vocabulary, R tensor ranks.
+Shapes: B batch, T time, D width, R tensor ranks.
 """
 
 import warnings
@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
 
+from titans_pretrain.parallel.linear_cross_entropy import check_ids
+from titans_pretrain.parallel.loss_head import Answering
 from titans_pretrain.parallel.tensor_comm import Exchange
 
 with warnings.catch_warnings():
@@ -28,7 +28,6 @@ with warnings.catch_warnings():
         linear_with_grad_accumulation_and_async_allreduce,
         set_tensor_model_parallel_attributes,
     )
-    from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 
 # it asks for CUDA_DEVICE_MAX_CONNECTIONS=1, which only orders an overlap
 linear_with_grad_accumulation_and_async_allreduce.warned = True
@@ -85,6 +84,18 @@ class Column(_Named, ColumnParallelLinear):
         return output
 
 
+class Head(Answering, Column):
+    """A head with this rank's share of the vocabulary: its logits, or losses of the whole.
+
+    Args:
+        linear: the layer it takes the place of, without a bias.
+        group: the tensor ranks.
+    """
+
+    def __init__(self, linear: nn.Linear, group: Any) -> None:
+        super().__init__(linear, group, sums_gradient=True)
+
+
 class Row(_Named, RowParallelLinear):
     """A linear layer with this rank's share of the inputs; the outputs are summed.
 
@@ -136,57 +147,6 @@ class Embedding(VocabParallelEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) token ids to (B, T, D)."""
-        _check_ids(ids, self.num_embeddings)
+        check_ids(ids, self.num_embeddings)
         embedded: Tensor = super().forward(ids)
         return embedded
-
-
-def _check_ids(ids: Tensor, vocabulary: int) -> None:
-    """An id no rank holds would count as zeros. On a GPU this does not wait for the result."""
-    known = ((ids >= 0) & (ids < vocabulary)).all()
-    torch._assert_async(known, f"token ids outside of [0, {vocabulary})")
-
-
-class CrossEntropy(Function):
-    """Loss of each target from logits split by vocabulary, in float32 (float64 stays).
-
-    megatron's own function of 0.16 finds its group in global state; this one is made of the same
-    parts, with a given group.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: Any) -> Tensor:
-        """(B, T, V / R) logits of this rank and (B, T) token ids to (B, T) losses."""
-        share = logits.shape[-1]
-        first = group.rank() * share
-        _check_ids(targets, share * group.size())
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        # a copy, as the parts below overwrite it
-        full = logits.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        largest = full.amax(-1)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-        elsewhere, columns, predicted, denominator, exponentials = (
-            VocabParallelCrossEntropy.calculate_predicted_logits(
-                full, targets, largest, first, first + share
-            )
-        )
-        both = torch.stack([predicted, denominator])
-        dist.all_reduce(both, group=group)
-        softmax, losses = VocabParallelCrossEntropy.calculate_cross_entropy_loss(
-            exponentials, *both
-        )
-        ctx.dtype = logits.dtype
-        ctx.save_for_backward(softmax, elsewhere, columns)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """Once only: the saved softmax becomes the gradient."""
-        softmax, elsewhere, columns = ctx.saved_tensors
-        by_token, rows, here, gradient = (
-            VocabParallelCrossEntropy.prepare_gradient_calculation_operands(softmax, elsewhere)
-        )
-        gradient = VocabParallelCrossEntropy.calculate_gradients(
-            by_token, rows, columns, here, gradient, grads[0]
-        )
-        return gradient.to(ctx.dtype), None, None

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from titans_pretrain.config import TrainSection
 from titans_pretrain.errors import TitansError
-from titans_pretrain.parallel import tensor
+from titans_pretrain.model.layers import full_precision
+from titans_pretrain.parallel import loss_head, tensor
 from titans_pretrain.parallel.first_step import FirstStepProbe
 from titans_pretrain.parallel.parallelize import Parallel
 from titans_pretrain.parallel.shards import FlatShard
@@ -92,6 +94,8 @@ class ZeroEngine:
             dist_init_required=False,
         )
         self._parameters: dict[str, Any] = dict(self._engine.module.named_parameters())
+        self._head = loss_head.find(model)
+        self._head_is_known = False
         check_taken(settings, self._engine)
         check_groups(self._parameters, unit.get_data_parallel_group_ranks())
         self._own_steps()
@@ -123,6 +127,30 @@ class ZeroEngine:
             out = self._engine(input_ids=input_ids, use_cache=False, **told)
         logits: torch.Tensor = out.logits
         return logits
+
+    def losses(
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        micro_batch: int = 0,
+        document_starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cross-entropy of every target, (batch, time), in float32 nats (float64 of such a model).
+
+        The head computes them, over chunks of tokens; logits exist only in a model that changes
+        them after its head, or has a head that is more than a matrix.
+
+        Args:
+            targets: (batch, time) token ids in [0, vocabulary).
+            input_ids, micro_batch, document_starts: see ``forward``.
+        """
+        head = self._loss_head()
+        if head is not None:
+            with head.answering(targets):
+                return self.forward(input_ids, micro_batch, document_starts)[..., 0]
+        logits = full_precision(self.forward(input_ids, micro_batch, document_starts))
+        flat = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return flat.view(targets.shape)
 
     def train(self, mode: bool = True) -> None:
         """Train mode, or evaluation."""
@@ -253,6 +281,15 @@ class ZeroEngine:
         for hook in self._own_hooks:
             hook.remove()
         self._engine.destroy()
+
+    def _loss_head(self) -> loss_head.Answering | None:
+        """The head if its answers come out as they are; found out before the first losses."""
+        if self._head is not None and not self._head_is_known:
+            self._head_is_known = True
+            with torch.no_grad():
+                if not loss_head.is_passed_on(self._engine.module, self._head, self.forward):
+                    self._head = None
+        return self._head
 
     def _own_steps(self) -> None:
         """Take over what DeepSpeed would do by counting forward passes."""

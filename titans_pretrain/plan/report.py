@@ -1,4 +1,4 @@
-"""What `titans plan` prints: a run's size, its grid of ranks, its steps and what ranks send."""
+"""What `titans plan` prints: a run's size, its grid of ranks, memory, steps and what ranks send."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,11 +7,12 @@ from titans_pretrain.baselines import foreign
 from titans_pretrain.config import RunConfig
 from titans_pretrain.parallel import wavefront
 from titans_pretrain.parallel.mesh import Mesh
-from titans_pretrain.plan import handover, parameters
+from titans_pretrain.plan import flops, handover, memory_table, parameters
 
 
 def facts(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """Everything about a run that follows from its configuration and its grid of ranks."""
+    stages = [_stage(config, mesh, step, length) for step, length in _stages(config).items()]
     return {
         "parameters": {"total": parameters.count(config.model), **parameters.parts(config.model)},
         "mesh": {
@@ -20,7 +21,9 @@ def facts(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
             "data": mesh.data,
             "sequence": mesh.sequence,
         },
-        "stages": [_stage(config, mesh, step, length) for step, length in _stages(config).items()],
+        "memory": memory_table.facts(config, mesh, list(_stages(config).values())),
+        "stages": stages,
+        "flops": _all_flops(config, stages),
     }
 
 
@@ -28,10 +31,12 @@ def text(config: RunConfig, mesh: Mesh) -> str:
     """The same for reading in a terminal."""
     known = facts(config, mesh)
     lines = [*_size(config, known["parameters"]), "", mesh.table()]
+    lines += ["", *memory_table.text(config, known["memory"])]
     for stage in known["stages"]:
         lines += ["", *_steps(config, mesh, stage)]
         if mesh.sequence > 1:
             lines += _volumes(config, mesh, stage)
+    lines += ["", *_flops_of_all(config, known["flops"])]
     return "\n".join(lines)
 
 
@@ -62,9 +67,34 @@ def _stage(config: RunConfig, mesh: Mesh, step: int, length: int) -> dict[str, A
         "interleaved": interleaved,
         "micro_batches_in_flight": min(count, mesh.sequence) if interleaved else 1,
         "layer_times_per_step": _layer_times(config, mesh),
+        **_stage_flops(config, length),
         "exchanged_bytes_per_layer_and_pass": handover.exchange_bytes(config, length),
         "boundaries": boundaries,
     }
+
+
+def _stage_flops(config: RunConfig, length: int) -> dict[str, Any]:
+    """Of one token's forward pass by part, and of a step; nothing where they are not counted."""
+    if not flops.is_counted(config.model):
+        return {}
+    return {
+        "forward_flops_per_token": flops.token(config.model, length),
+        "flops_per_step": flops.step(config, length),
+    }
+
+
+def _all_flops(config: RunConfig, stages: list[dict[str, Any]]) -> int | None:
+    """Model FLOPs of the whole run without validations; None where they are not counted."""
+    if not flops.is_counted(config.model):
+        return None
+    ends = [*(stage["from_step"] for stage in stages[1:]), config.train.steps]
+    steps = [
+        max(0, min(end, config.train.steps) - stage["from_step"])
+        for end, stage in zip(ends, stages, strict=True)
+    ]
+    return sum(
+        count * int(stage["flops_per_step"]) for count, stage in zip(steps, stages, strict=True)
+    )
 
 
 def _layer_times(config: RunConfig, mesh: Mesh) -> int:
@@ -121,6 +151,23 @@ def _steps(config: RunConfig, mesh: Mesh, stage: Mapping[str, Any]) -> Iterator[
             f"  a step takes {stage['layer_times_per_step']} layer times; ranks that waited for "
             f"each other layer by layer would take {count * layers * mesh.sequence}"
         )
+    if "flops_per_step" in stage:
+        parts = stage["forward_flops_per_token"]
+        whole = sum(parts.values())
+        shares = ", ".join(
+            f"{part.replace('_', ' ')} {count / whole:.1%}"
+            for part, count in parts.items()
+            if count
+        )
+        yield f"  {flops.scaled(whole)}FLOPs a token and forward pass: {shares}"
+        yield f"  {flops.scaled(stage['flops_per_step'])}FLOPs a step, backward passes included"
+
+
+def _flops_of_all(config: RunConfig, count: int | None) -> Iterator[str]:
+    if count is None:
+        yield f"FLOPs of {foreign.name_of(config.model)} are not counted"
+    else:
+        yield f"{flops.scaled(count)}FLOPs in {config.train.steps:,} steps, without validations"
 
 
 def _volumes(config: RunConfig, mesh: Mesh, stage: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,12 @@ from titans_pretrain.files import read_json
 from titans_pretrain.model import fields
 
 # What begins weights, and what tells documents apart: a run may go on with others.
-FREE = ("initializer_range", "attend_across_documents", "remember_across_documents")
+FREE = (
+    "initializer_range",
+    "forget_bias",
+    "attend_across_documents",
+    "remember_across_documents",
+)
 # Of other libraries' models, what decides nothing that is computed on ids of one document.
 _FREE_OF_OTHERS = (
     "initializer_range",

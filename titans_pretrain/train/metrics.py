@@ -12,6 +12,7 @@ from typing import Any
 
 from titans_pretrain.config import RunConfig
 from titans_pretrain.files import atomic_file
+from titans_pretrain.plan.flops import scaled
 from titans_pretrain.train.evaluation_feed import PREFIX, STEP
 
 WANDB_SECONDS = 20
@@ -221,8 +222,16 @@ def progress_line(row: Mapping[str, Any], steps: int, seconds_left: float) -> st
     return (
         f"step {row['step']}/{steps}  loss {row['loss']:.4f}  grad norm {row['grad_norm']:.3f}  "
         f"lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tokens/s  "
-        f"{duration(seconds_left)} left"
+        f"{_utilisation(row)}{duration(seconds_left)} left"
     )
+
+
+def _utilisation(row: Mapping[str, Any]) -> str:
+    """A rank's model FLOPs a second and, where known, their share of its peak."""
+    if "flops_per_second" not in row:
+        return ""
+    share = f" (MFU {row['mfu']:.1%})" if "mfu" in row else ""
+    return f"{scaled(row['flops_per_second'])}FLOP/s a rank{share}  "
 
 
 def duration(seconds: float) -> str:

@@ -114,6 +114,6 @@ class Passes:
 
     def _summed_loss(self, part: MicroBatch, number: int) -> torch.Tensor:
         ids = part.tokens[:, :-1].contiguous()
-        logits = self._engine.forward(ids, number, part.document_starts)
-        losses = self._parallel.cross_entropy(logits, part.tokens[:, 1:].contiguous())
+        targets = part.tokens[:, 1:].contiguous()
+        losses = self._engine.losses(ids, targets, number, part.document_starts)
         return token_loss_sum(losses, part.mask)

@@ -38,6 +38,7 @@ from titans_pretrain.train.passes import Passes
 from titans_pretrain.train.records import Records
 from titans_pretrain.train.saving import Saves, awaited
 from titans_pretrain.train.signals import StopRequest
+from titans_pretrain.train.speed import Speed
 from titans_pretrain.train.stopping import Stopping
 from titans_pretrain.train.trace import traced
 
@@ -88,6 +89,7 @@ class Trainer:
             steps=config.train.steps,
             workers=config.data.workers,
         )
+        self._speed = Speed(config, parallel.mesh.ranks, device)
         self._guard = guard.Guard(config.guard)
         self._saver = Saves(
             config.checkpoint,
@@ -234,8 +236,7 @@ class Trainer:
             "grad_norm": norm,
             "learning_rate": rate,
             "tokens": self._position,
-            "tokens_per_second": self._tokens_per_step / seconds,
-            "seconds": seconds,
+            **self._speed.row(batch.tokens.shape[1] - 1, seconds),
         }
         if verdict.action == "skip":  # JSON has no number that is not finite
             row = {name: value for name, value in row.items() if math.isfinite(value)}
