@@ -117,6 +117,8 @@ class TrainSection(Section):
     """bf16: bfloat16 weights and activations, float32 master, gradients summed in float32."""
     activation_checkpointing: bool = False
     """Keep block inputs and what other ranks sent into blocks; recompute blocks in backward."""
+    memory_kernels: Literal["torch", "triton"] = "torch"
+    """triton: the memory's scan in kernels on GPUs, if they agree with torch at the start."""
     offload_optimizer: bool = False
     """Keep float32 master weights and Adam moments in host memory and update them there."""
     validation_every: int = Field(default=0, ge=0)

@@ -50,9 +50,10 @@ class InitialWeights(nn.Module):
         hidden = width * config.memory_expansion
         widths = [width] + [hidden] * (config.memory_depth - 1) + [width]
         self.depth = config.memory_depth
-        for layer in range(self.depth):
-            shape = (config.memory_heads, widths[layer + 1], widths[layer])
-            self.register_parameter(f"layer_{layer}", nn.Parameter(torch.empty(shape)))
+        self.widths = list(zip(widths[1:], widths[:-1], strict=True))  # (out, in) by layer
+        for layer, width in enumerate(self.widths):
+            weights = nn.Parameter(torch.empty(config.memory_heads, *width))
+            self.register_parameter(f"layer_{layer}", weights)
 
     def forward(self) -> tuple[Tensor, ...]:
         """One (1, H, out, in) tensor per layer in state precision."""
@@ -83,6 +84,7 @@ class NeuralMemory(nn.Module):
         self.gate_per_chunk = config.gate_per == "chunk"
         self.rule = Rule(config.memory_activation, config.memory_residual, config.surprise_clip)
         self.depth = config.memory_depth
+        self.memory_scan: Any = memory_scan  # training may put kernels here
         self.across_documents = config.remember_across_documents
         self.boundary: Boundary = WHOLE
         for name in BRANCHES:
@@ -130,8 +132,9 @@ class NeuralMemory(nn.Module):
         self, tokens: Tokens, state: MemoryState, resets: Resets | None = None
     ) -> tuple[Tensor, MemoryState]:
         """``memory_scan`` under this layer's rule."""
-        options = self.rule._asdict()
-        return memory_scan(*tokens, state, chunk_size=self.chunk_size, resets=resets, **options)
+        options = self.rule._asdict() | {"chunk_size": self.chunk_size, "resets": resets}
+        found: tuple[Tensor, MemoryState] = self.memory_scan(*tokens, state, **options)
+        return found
 
     def bounds(self, documents: Documents | None, x: Tensor) -> Bounds | None:
         """What the tokens (B, T, D) of this layer's span may not look across."""

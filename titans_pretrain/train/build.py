@@ -19,7 +19,7 @@ from titans_pretrain.parallel.construct import construct, skeleton
 from titans_pretrain.parallel.parallelize import Parallel
 from titans_pretrain.parallel.zero import ZeroEngine
 from titans_pretrain.parallel.zero_settings import partitioner
-from titans_pretrain.train import optimizer
+from titans_pretrain.train import kernels, optimizer
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def build_engine(config: RunConfig, parallel: Parallel, device: torch.device) ->
     """The model with the seed's initial weights, whatever the mesh, in an engine.
 
     Raises:
-        UserError: another library's model that cannot be trained here.
+        UserError: another library's model that cannot be trained here; see ``kernels.choose``.
     """
     if foreign.is_foreign(config.model):
         foreign.check_device(config.model, device.type)
@@ -75,6 +75,7 @@ def build_engine(config: RunConfig, parallel: Parallel, device: torch.device) ->
     partition = partitioner(config.train, parallel.groups)
     model = construct(config.model, config.train.seed, parallel, partition)
     matrices = _matrices(config)
+    kernels.choose(model, config.train, device)
     adam = optimizer.build(model, config.train, matrices)
     engine = ZeroEngine(model, adam, config.train, parallel, device)
     engine.train()
