@@ -1,6 +1,7 @@
 """What the memory computes: the fast path is the equations, whatever the chunk, gates and split."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from memory_cases import (
 )
 from torch import Tensor
 
+from titans_pretrain.model import memory
 from titans_pretrain.model.memory import MemoryState, memory_scan
+from titans_pretrain.model.memory_blocks import _curve
 from titans_pretrain.model.memory_chunk import norm
 from titans_pretrain.model.memory_reference import memory_scan as reference_scan
 
@@ -416,14 +419,59 @@ def kept_bytes(scan: Scan, time: int) -> int:
     return sum(kept.values())
 
 
-def test_backward_keeps_only_the_inputs_and_a_state_per_chunk() -> None:
+def test_backward_keeps_only_the_inputs_and_a_state_per_stretch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Nothing of a chunk's inside survives the forward pass, so long sequences stay cheap."""
-    growth = (kept_bytes(memory_scan, 1024) - kept_bytes(memory_scan, 512)) / 8
     inputs_and_outputs = 64 * (4 * 8 + 3) * 4
-    chunk_start_state = 2 * 2 * 8 * 32 * 4
-    assert growth <= 2 * (inputs_and_outputs + chunk_start_state)
+    state = 2 * 2 * 8 * 32 * 4
+
+    def growth() -> float:
+        return (kept_bytes(memory_scan, 1024) - kept_bytes(memory_scan, 512)) / 8
+
+    assert growth() <= 1.1 * (inputs_and_outputs + state * 64 / memory.STRETCH)
     one_chunk_of_the_reference = kept_bytes(reference_scan, 64)
-    assert one_chunk_of_the_reference > 10 * (inputs_and_outputs + chunk_start_state)
+    assert one_chunk_of_the_reference > 10 * (inputs_and_outputs + state)
+    monkeypatch.setattr(memory, "STRETCH", 64)
+    assert growth() > inputs_and_outputs + 0.9 * state
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 4])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_stretches_in_a_row_equal_the_reference(
+    depth: int, chunk_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "STRETCH", 8)
+    case = random_case(seed=depth, depth=depth, time=37)
+    assert_equals_reference(case, chunk_size=chunk_size, surprise_clip=1.0)
+
+
+@pytest.mark.parametrize("widths", [[4, 6, 10, 5, 4], [4, 3, 2, 4], [4, 4, 4]])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_layers_of_any_widths_equal_the_reference(widths: list[int], clip: float | None) -> None:
+    case = random_case(time=19)
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(2, 2, out, width) for width, out in itertools.pairwise(widths)]
+    state = MemoryState(
+        *(
+            tuple(scale * torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+            for scale in (0.5, 0.1)
+        )
+    )
+    assert_equals_reference(case.but(state=state), chunk_size=7, surprise_clip=clip)
+
+
+def test_arguments_may_be_named() -> None:
+    case = random_case(time=5)
+    options = {"chunk_size": 2, "state": case.state}
+    found = memory_scan(**case.sequence(), **options)
+    assert_near(flat(found), flat(case.run(memory_scan, chunk_size=2)), 0)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_an_activation_is_straight_far_out(activation: str) -> None:
+    far = torch.tensor([-1e30, -2e19, 2e19, 1e30])
+    assert torch.equal(_curve(far, activation), torch.zeros(4))
 
 
 def test_a_second_derivative_is_refused_not_wrong() -> None:

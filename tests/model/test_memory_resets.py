@@ -87,6 +87,15 @@ def test_documents_in_a_long_chunk_equal_the_reference(rows: Sequence[Sequence[i
     assert_equals_reference(case, begins_of(rows, 150), 1e-9, chunk_size=140, surprise_clip=1.0)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3, 4])
+def test_documents_between_stretches_equal_the_reference(
+    chunk_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "STRETCH", 8)
+    begins = begins_of([[5, 20, 21], []], 37)
+    assert_equals_reference(random_case(time=37), begins, chunk_size=chunk_size, surprise_clip=1.0)
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0])
 @pytest.mark.parametrize("gate", ["forget", "momentum"])
 def test_a_gate_at_either_end_equals_the_reference(gate: str, value: float) -> None:

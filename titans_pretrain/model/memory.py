@@ -49,8 +49,8 @@ def memory_scan(
 ) -> tuple[Tensor, MemoryState]:
     """Write every token into the memory and read it back with the token's own write included.
 
-    Chunks are recomputed in backward: what a training step keeps is its inputs and the state at
-    the start of each chunk. Calls that split a sequence at chunk boundaries and hand the state on
+    Stretches of chunks are recomputed in backward: what a training step keeps is its inputs and the
+    state before each. Calls that split a sequence at chunk boundaries and hand the state on
     give the same result as one call.
 
     Args:

@@ -92,10 +92,11 @@ def exact(function: Callable[..., T]) -> Callable[..., T]:
     """Run without autocast: states and coefficients keep their precision, in recompute too."""
 
     @functools.wraps(function)
-    def run(first: Any, *rest: Any, **options: Any) -> T:
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
+    def run(*arguments: Any, **options: Any) -> T:
+        given = arguments[0] if arguments else next(iter(options.values()))
+        device = (given if isinstance(given, Tensor) else given[0]).device.type
         with torch.autocast(device_type=device, enabled=False):
-            return function(first, *rest, **options)
+            return function(*arguments, **options)
 
     return run
 
