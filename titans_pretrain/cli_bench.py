@@ -77,6 +77,12 @@ def _add_memory(jobs: Any) -> None:
     job.add_argument(
         "--gate-per", choices=("token", "chunk"), default="token", help="gates (%(default)s)"
     )
+    job.add_argument(
+        "--memory-kernels",
+        choices=("torch", "triton"),
+        default="torch",
+        help="that scan the memory (%(default)s)",
+    )
     job.add_argument("--batch", type=positive, default=2, help="sequences (%(default)s)")
     job.add_argument(
         "--peers",
@@ -139,6 +145,17 @@ def _add_model(jobs: Any) -> None:
         dest="checkpointing",
         action="store_true",
         help="recompute blocks in backward",
+    )
+    job.add_argument(
+        "--memory-kernels",
+        choices=("torch", "triton"),
+        help="that scan memories (as a run's YAML says, torch for presets)",
+    )
+    job.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="a preset or a run's YAML file, without --set; all others' tokens/s are compared with "
+        "its",
     )
     job.add_argument(
         "--no-peer",

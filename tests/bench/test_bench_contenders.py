@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from stub_contenders import FILE, ONE, named
 
-from titans_pretrain.bench import contenders
+from titans_pretrain.bench import contenders, worker
 from titans_pretrain.bench.contenders import WORKER, Contender, ContenderFailed, Field, Worker
 from titans_pretrain.bench.progress import Tell
 from titans_pretrain.errors import TitansError
@@ -36,6 +36,14 @@ def test_a_time_is_that_of_one_call(tmp_path):
     assert calls > 1
     assert 0 < found["seconds"] * calls < 60
     assert set(found) == {"seconds", "processor"}
+
+
+def test_one_that_waits_for_its_turn_has_forgotten_what_a_pass_left():
+    left = []
+    subject = worker.Subject("cpu")
+    subject.passes = {"training": lambda: left.append(1), "forget": left.clear}
+    assert subject.time("training", 0.0)["seconds"] > 0
+    assert not left
 
 
 def test_what_libraries_print_is_no_answer():

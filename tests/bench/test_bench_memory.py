@@ -1,17 +1,19 @@
 """``titans bench memory``: contenders, table, JSON, targets, and what is refused."""
 
 import importlib.util
+import itertools
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from stub_contenders import FILE, named
+from stub_contenders import FILE, ONE, named
 
 from titans_pretrain import cli
 from titans_pretrain.bench import ceilings, layers, machine, memory, peer_layers
-from titans_pretrain.bench.contenders import Contender
+from titans_pretrain.bench.contenders import Contender, Field
 from titans_pretrain.bench.memory_targets import ATTENTION, OURS, THEIRS
 from titans_pretrain.errors import UserError
 
@@ -23,6 +25,7 @@ MODEL = {
     "batch": 2,
     "device": "cpu",
     "dtype": "fp32",
+    "memory_kernels": "torch",
 }
 
 
@@ -55,6 +58,7 @@ def test_a_table_a_verdict_a_target_and_all_figures_as_json(stubs, tmp_path, cap
     assert bench("--json", str(file), "--check", "speed=1e-9", "growth@16=1e9") == 0
     told = capsys.readouterr().out
     assert told.count("PASS") == 3
+    assert "chunk 4, scanned by torch, batch 2" in told
     assert told.count("| titans-pytorch |") == 2
     found = json.loads(file.read_text())
     assert set(found) == {"benchmark", "environment", "options", "ceilings", "rows", "checks"}
@@ -64,6 +68,7 @@ def test_a_table_a_verdict_a_target_and_all_figures_as_json(stubs, tmp_path, cap
     assert environment["titans_pytorch"] == "0.5.5"
     assert len(environment["load"]) == 3
     assert found["options"]["chunk"] == 4
+    assert found["options"]["memory_kernels"] == "torch"
     assert set(found["ceilings"]) == {"product_flops_per_second", "copy_bytes_per_second"}
     rows = {(row["tokens"], row["layer"]): row for row in found["rows"]}
     assert set(rows) == {(length, name) for length in (8, 16) for name in (OURS, ATTENTION, THEIRS)}
@@ -134,6 +139,7 @@ def test_a_peer_that_cannot_be_built_is_left_out_with_the_reason(stubs, capsys):
         (["--check", "speed"], "--check"),
         (["--json", "/no/such/directory/file.json"], "--json"),
         (["--threads", "100000"], "--threads"),
+        (["--memory-kernels", "triton"], "--memory-kernels"),
     ],
 )
 def test_sizes_and_targets_that_cannot_be_are_refused(stubs, wrong, where, capsys):
@@ -146,6 +152,33 @@ def test_values_that_are_none_of_an_options_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench(*wrong)
     assert stopped.value.code == 2
+
+
+def test_growth_is_over_the_first_length_in_the_same_rounds(stubs, monkeypatch, tmp_path):
+    """A machine that is slower, the longer a benchmark takes, and a layer that is linear."""
+    slowness, measured = itertools.count(1), iter([8, 16, 32])
+
+    def times(self, jobs, rounds, what=""):
+        slow, length = next(slowness), next(measured)
+        taken = {name: 8 if name == f"{OURS} at 8" else length for name, _ in jobs}
+        return {job: [{"seconds": slow * taken[job[0]]}] * rounds for job in jobs}
+
+    monkeypatch.setattr(Field, "times", times)
+    file = tmp_path / "result.json"
+    assert bench("--lengths", "8", "16", "32", "--json", str(file), "--peers") == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["layer"] for row in rows] == [OURS] * 3
+    assert [row["growth"]["median"] for row in rows] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_our_layer_is_scanned_by_the_kernels_asked_for(monkeypatch, kernels):
+    chosen = []
+    monkeypatch.setattr(layers.kernels, "choose", lambda layer, *rest: chosen.append(rest))
+    options = replace(OPTIONS, memory_kernels=kernels)
+    ours = next(one for one in memory._contenders(options, ONE, "fp32") if one.name == OURS)
+    layers.memory(MODEL | ours.options)
+    assert chosen == [(kernels, "fp32", torch.device("cpu"))]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -94,9 +94,12 @@ def test_a_table_a_target_and_all_figures_as_json(stubs, run_file, tmp_path, cap
     rows = {row["model"]: row for row in found["rows"]}
     assert list(rows) == ["small", preset, "Transformer++ for small"]
     wanted = {"parameters", "seconds", "tokens_per_second", "of_peer", "flops", "products", "mfu"}
+    wanted |= {"of_against", "memory_kernels"}
     assert set(rows["small"]) == wanted | {"model", "peak_bytes"}
     assert rows["small"]["of_peer"]["median"] > 0
     assert rows[preset]["of_peer"] is None
+    kernels = {name: row["memory_kernels"] for name, row in rows.items()}
+    assert kernels == {"small": "torch", preset: None, "Transformer++ for small": None}
     assert rows["small"]["mfu"] is None  # of a CPU no peak is known
     assert rows["small"]["products"]["median"] > 0
     assert found["options"]["length"] == 8
@@ -121,6 +124,7 @@ def test_a_models_step_reaches_every_parameter(monkeypatch):
         "model": fields.defaults() | MODEL | {"memory_heads": 1, "partial_rotary_factor": 1.0},
         "length": 20,
         "rows": 2,
+        "memory_kernels": "torch",
         "device": "cpu",
         "dtype": "fp32",
     }
@@ -138,17 +142,75 @@ def test_a_models_step_reaches_every_parameter(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "dtype", "peak"),
+    ("gpu", "dtype", "products", "peak"),
     [
-        ("NVIDIA H200", "bf16", 989e12),
-        ("NVIDIA H100 PCIe", "bf16", 756e12),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
-        ("NVIDIA H200", "fp32", None),
-        ("Another", "bf16", None),
+        ("NVIDIA H200", "bf16", "highest", 989.5e12),
+        ("NVIDIA H200", "fp32", "highest", 67e12),
+        ("NVIDIA H200", "fp32", "high", 494.5e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", "highest", None),
+        ("NVIDIA A100X", "bf16", "highest", None),
     ],
 )
-def test_the_peak_is_the_data_sheets_where_it_is_known(gpu, dtype, peak):
-    assert machine.known_peak({"gpu": gpu}, dtype) == peak
+def test_the_peak_is_that_of_the_trainers_mfu(gpu, dtype, products, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: products)
+    assert machine.known_peak(contenders.Machine("cuda", 1), dtype) == peak
+    assert machine.known_peak(contenders.Machine("cpu", 1), dtype) is None
+
+
+def test_memories_are_scanned_as_a_run_says_or_as_is_asked(tmp_path):
+    file = tmp_path / "kernels.yaml"
+    file.write_text(RUN.replace("train: {", "train: {memory_kernels: triton, "))
+    names = [str(file), "titans-mag-170m", "transformer-170m", "gla-170m"]
+
+    def chosen(**given):
+        options = model.Options(names, **given)
+        return model._kernels(options, model._models(options))
+
+    assert chosen() == {"kernels": "triton", "titans-mag-170m": "torch"}
+    for asked in ("torch", "triton"):
+        assert set(chosen(memory_kernels=asked).values()) == {asked}
+    entrant = model._contender("kernels", {}, "triton")
+    assert entrant.options["memory_kernels"] == "triton"
+    with pytest.raises(UserError, match="no model has a memory"):
+        names = ["transformer-170m"]
+        chosen(memory_kernels="triton")
+
+
+def test_a_step_scans_by_the_kernels_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(steps.kernels, "choose", lambda model, *rest: asked.append(rest))
+    options = {"model": fields.defaults() | MODEL | {"memory_heads": 1}, "length": 4, "rows": 1}
+    options |= {"checkpointing": False, "device": "cpu", "dtype": "fp32"}
+    steps.build(options | {"memory_kernels": "triton"})
+    assert asked == [("triton", "fp32", torch.device("cpu"))]
+
+
+def test_kernels_that_a_run_asks_for_are_refused_on_a_cpu_and_may_be_refused_by_hand(
+    stubs, run_file, tmp_path, capsys
+):
+    file = tmp_path / "kernels.yaml"
+    file.write_text(RUN.replace("train: {", "train: {memory_kernels: triton, "))
+    assert bench(str(file)) == 2
+    assert "where: --memory-kernels" in capsys.readouterr().err
+    assert bench(str(file), "--memory-kernels", "torch") == 0
+    assert "| kernels | torch |" in capsys.readouterr().out
+
+
+def test_all_are_compared_with_one_more_that_set_does_not_change(stubs, run_file, tmp_path, capsys):
+    file, other = tmp_path / "result.json", "gated-deltanet-170m"
+    options = ["--set", "chunk_size=8", "--against", other, "--json", str(file)]
+    assert bench(run_file, *options) == 0
+    assert f"| of {other}'s |" in capsys.readouterr().out
+    rows = {row["model"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["small", other, "Transformer++ for small"]
+    assert rows[other]["of_against"] is None
+    assert rows["small"]["of_against"]["median"] > 0
+    names = tmp_path / "elsewhere"
+    names.mkdir()
+    (names / "small.yaml").write_text(RUN)
+    assert bench(run_file, "--against", str(names / "small.yaml")) == 2
+    assert "where: --against" in capsys.readouterr().err
 
 
 def test_a_loss_is_that_of_the_logits_by_the_head_and_without_it(monkeypatch):

@@ -79,6 +79,14 @@ def test_a_picture_that_could_not_be_drawn_is_refused_at_once(tmp_path, path):
     assert caught.value.where == "--plot"
 
 
+def test_a_number_of_ranks_that_is_given_twice_is_refused_before_anything_is_measured(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(local_ranks, "run", lambda *_: pytest.fail("ranks were started"))
+    assert cli.main(["bench", "wavefront", "--ranks", "2", "1", "2"]) == 2
+    assert "where: --ranks" in capsys.readouterr().err
+
+
 def test_ranks_tell_what_they_found_in_their_order(stub_rank):
     assert local_ranks.run(stub_rank, {"word": "a b"}, 2) == [[0, 2, "a b"], [1, 2, "a b"]]
 

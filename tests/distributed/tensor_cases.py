@@ -18,9 +18,9 @@ COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
 ROWS, LENGTH, VOCABULARY = 2, 16, 40
 
 
-def build_model(fields, dtype, lively=True):
+def build_model(fields, dtype, lively=True, seed=0):
     """As training starts it, or with weights so large that every parameter, norms too, matters."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     values = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
@@ -48,9 +48,9 @@ def batch():
     return tokens[:, :-1], tokens[:, 1:], weights / weights.sum()
 
 
-def in_one_process(fields, dtype=torch.float64, lively=True):
+def in_one_process(fields, dtype=torch.float64, lively=True, seed=0):
     """Logits, losses and gradients of a weighted mean of the losses."""
-    model = build_model(fields, dtype, lively)
+    model = build_model(fields, dtype, lively, seed)
     ids, targets, weights = batch()
     logits = model(input_ids=ids, use_cache=False).logits
     full = logits if dtype == torch.float64 else logits.float()
@@ -81,13 +81,15 @@ def _counted(counts, name):
     return call
 
 
-def on_this_rank(groups, fields, dtype=torch.float64, lively=True, checkpointing=False, broken=()):
+def on_this_rank(
+    groups, fields, dtype=torch.float64, lively=True, checkpointing=False, broken=(), seed=0
+):
     """The same as ``in_one_process``, of this rank's parts, and what was communicated when.
 
     Args:
         broken: places whose layers are treated as if they were the same on every rank.
     """
-    model = build_model(fields, dtype, lively)
+    model = build_model(fields, dtype, lively, seed)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     replay = Replay(checkpointing)

@@ -15,7 +15,7 @@ from ranks import run_ranks
 from titans_pretrain.parallel import tensor_comm
 from titans_pretrain.parallel.sequence_comm import Links
 
-LOSS_TOLERANCE, GRADIENT_TOLERANCE, BF16_TOLERANCE = 1e-5, 1e-6, 8e-3
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-6
 expected = functools.cache(lambda variant: plain_run(configuration(variant)))
 
 
@@ -114,6 +114,12 @@ def farthest(variant, sizes, sabotage=None):
     return max(abs(one - other) for one, other in zip(found, losses, strict=True))
 
 
+@functools.cache
+def bf16_tolerance(variant):
+    """Half as far again as the bf16 run of one process is."""
+    return 1.5 * farthest(variant, (1, 1, 1))
+
+
 @pytest.mark.parametrize(
     "variant",
     [
@@ -123,7 +129,7 @@ def farthest(variant, sizes, sabotage=None):
     ],
 )
 def test_bf16_on_a_mesh_follows_the_float32_run(variant):
-    assert farthest(variant, (2, 1, 2)) < BF16_TOLERANCE
+    assert farthest(variant, (2, 1, 2)) < bf16_tolerance(variant)
 
 
 def without_the_sum_over_sequence_ranks(engine, parallel):
@@ -174,4 +180,5 @@ def test_a_broken_reduction_does_not_pass_these_tests(sizes, sabotage):
 
 def test_the_bf16_tolerance_sees_gradients_lost_between_spans():
     broken = functools.partial(unprobed, without_state_gradients)
-    assert farthest("lmm", (1, 1, 2), broken) > BF16_TOLERANCE > farthest("lmm", (1, 1, 2))
+    healthy, tolerance = farthest("lmm", (1, 1, 2)), bf16_tolerance("lmm")
+    assert farthest("lmm", (1, 1, 2), broken) > tolerance > healthy

@@ -3,6 +3,10 @@
 Compiled kernels need a GPU; here the same function runs as torch's plain code.
 """
 
+import functools
+import gc
+import warnings
+import weakref
 from unittest import mock
 
 import pytest
@@ -30,6 +34,7 @@ CASES = {  # slots, keys before them, window, persistent tokens, whether there a
     "few": (5, 3, 4, 1, True),
     "documents": (400, 0, 300, 0, True),
     "documents, persistent": (400, 64, 65, 7, True),
+    "whole blocks": (256, 64, 65, 7, True),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -141,29 +146,46 @@ def test_layers_of_a_pass_share_a_mask():
     assert block_mask(300, 0, 2, 70, CPU) is not block_mask(300, 0, 2, 71, CPU)
 
 
+def test_masks_of_earlier_batches_are_let_go():
+    batches = []
+    for _ in range(6):
+        reach = reach_of(300, 0)
+        mask = block_mask(300, 0, 2, 70, CPU, reach)
+        batches.append(weakref.ref(mask))
+        del reach, mask
+    gc.collect()
+    assert sum(batch() is not None for batch in batches) <= 2
+
+
 def test_without_a_gpu_attention_goes_by_blocks():
-    tensors, front, reach = given(*CASES["halo"])
+    tensors, front, reach = given(*CASES["whole blocks"])
     prefix = tuple(front)
     with mock.patch.object(attention_flex, "by_flex", side_effect=AssertionError):
-        heads = attend_window(*tensors, 70, prefix=prefix, reach=reach)
-    assert torch.equal(heads, by_blocks(*tensors, 70, prefix=prefix, reach=reach))
+        heads = attend_window(*tensors, 65, prefix=prefix, reach=reach)
+    assert torch.equal(heads, by_blocks(*tensors, 65, prefix=prefix, reach=reach))
 
 
 @pytest.fixture
 def pretended_gpu():
     """FlexAttention's plain code taken for kernels of a GPU."""
     chosen = [
-        mock.patch.object(attention_flex, "_compiled", return_value=by_mask),
+        mock.patch.object(attention_flex, "_compile", return_value=by_mask),
         mock.patch.object(attention_flex, "_on_gpu", return_value=True),
-        mock.patch.object(attention_flex, "_compiled_for", set()),
     ]
-    attention_flex._runs.cache_clear()
+    known = [
+        attention_flex._runs,
+        attention_flex._compiled,
+        attention_flex._say_that_blocks_are_cut,
+    ]
+    for one in known:
+        one.cache_clear()
     for one in chosen:
         one.start()
     yield
     for one in chosen:
         one.stop()
-    attention_flex._runs.cache_clear()
+    for one in known:
+        one.cache_clear()
 
 
 def half_wide(case):
@@ -173,15 +195,15 @@ def half_wide(case):
 
 @pytest.mark.usefixtures("pretended_gpu")
 def test_kernels_that_agree_with_blocks_are_used_in_training_alone():
-    values = half_wide("documents, persistent")
+    values = half_wide("whole blocks")
     with mock.patch.object(attention_flex, "by_flex", side_effect=by_flex) as flexed:
-        heads, gradients = call(attend_window, "documents, persistent", **values)
+        heads, gradients = call(attend_window, "whole blocks", **values)
         assert flexed.call_count == 2  # the check, and this
         with torch.no_grad():
             frozen = [tensor.detach() for tensor in values["tensors"]]
             attend_window(*frozen, 65)
         assert flexed.call_count == 2
-    expected, expected_gradients = call(by_blocks, "documents, persistent", **values)
+    expected, expected_gradients = call(by_blocks, "whole blocks", **values)
     torch.testing.assert_close(heads, expected, rtol=0, atol=1e-5)
     for found, gradient in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(found, gradient, rtol=0, atol=1e-4)
@@ -200,23 +222,23 @@ def broken(queries, keys, values, block_mask):
     ("kernel", "why"), [(wrong, "off attention by blocks"), (broken, "out of shared memory")]
 )
 def test_kernels_that_fail_their_check_are_not_used_and_it_is_said_once(kernel, why):
-    values = half_wide("halo")
-    with mock.patch.object(attention_flex, "_compiled", return_value=kernel):
+    values = half_wide("whole blocks")
+    with mock.patch.object(attention_flex, "_compile", return_value=kernel):
         with pytest.warns(UserWarning, match=why):
-            heads, _ = call(attend_window, "halo", **values)
-        assert torch.equal(heads, call(attend_window, "halo", **values)[0])
-    assert torch.equal(heads, call(by_blocks, "halo", **values)[0])
+            heads, _ = call(attend_window, "whole blocks", **values)
+        assert torch.equal(heads, call(attend_window, "whole blocks", **values)[0])
+    assert torch.equal(heads, call(by_blocks, "whole blocks", **values)[0])
 
 
 @pytest.mark.usefixtures("pretended_gpu")
 def test_the_check_draws_no_random_number_and_can_be_made_in_a_checkpointed_block():
-    tensors, front, reach = given(*CASES["halo"], dtype=torch.float32)
+    tensors, front, reach = given(*CASES["whole blocks"], dtype=torch.float32)
     state = torch.get_rng_state()
     runs = []
 
     def block(queries, keys, values):
         runs.append(1)
-        return attend_window(queries.sin(), keys, values, 70, prefix=tuple(front), reach=reach)
+        return attend_window(queries.sin(), keys, values, 65, prefix=tuple(front), reach=reach)
 
     heads = torch.utils.checkpoint.checkpoint(block, *tensors, use_reentrant=False)
     assert len(runs) == 1
@@ -225,13 +247,48 @@ def test_the_check_draws_no_random_number_and_can_be_made_in_a_checkpointed_bloc
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.usefixtures("pretended_gpu")
-def test_no_more_shapes_are_compiled_than_torch_keeps():
+def attend_to(slots):
+    """Whether FlexAttention attended to so many tokens."""
+    tensors = given(slots, 0, 8, 0, False, dtype=torch.float32)[0]
     with mock.patch.object(attention_flex, "by_flex", side_effect=by_flex) as flexed:
-        for slots in [*range(20, 28), *range(20, 28)]:
-            tensors = given(slots, 0, 8, 0, False, dtype=torch.float32)[0]
-            attend_window(*tensors, 8)
-        assert flexed.call_count == 1 + 2 * attention_flex.SHAPES
+        attend_window(*tensors, 8)
+    return any(made.args[0] is tensors[0] for made in flexed.call_args_list)  # not the check's
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_each_length_of_whole_blocks_is_compiled_for_whatever_came_before():
+    lengths = [128 * count for count in range(1, 11)]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert all(attend_to(slots) for slots in [*lengths, *lengths])
+    assert attention_flex._compile.call_count == 1 + len(lengths)  # one for the check
+    assert ["more than 8 shapes" in str(one.message) for one in said] == [True]
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_other_lengths_go_by_blocks_whatever_came_before_and_it_is_said_once():
+    assert attend_to(256)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert not any(attend_to(slots) for slots in (100, 300, 100))
+    assert ["no multiple of 128" in str(one.message) for one in said] == [True]
+
+
+def test_torch_counts_what_it_compiles_for_each_shape_by_itself():
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plainly = functools.partial(torch.compile, backend=compiler)
+    limit = torch._dynamo.config.patch(recompile_limit=1)
+    with mock.patch.object(torch, "compile", plainly), limit, torch.no_grad():
+        for slots in (20, 21):
+            tensors = [tensor.detach() for tensor in given(slots, 0, 8, 0, False)[0]]
+            heads = by_flex(*tensors, 8, flex=attention_flex._compile())
+            torch.testing.assert_close(heads, by_blocks(*tensors, 8), rtol=0, atol=1e-12)
+    assert len(graphs) == 2
 
 
 @pytest.mark.gpu
@@ -241,14 +298,20 @@ def test_no_more_shapes_are_compiled_than_torch_keeps():
 def test_compiled_kernels_give_what_blocks_give(case, dtype):
     tensors, front, reach = given(*CASES[case], dtype=dtype, device="cuda")
     exact = [[t.detach().double().requires_grad_() for t in some] for some in (tensors, front)]
-    torch.compiler.reset()
-    attention_flex._compiled_for.clear()
-    with mock.patch.object(attention_flex, "by_blocks", side_effect=by_blocks) as blocks:
-        heads, gradients = call(attend_window, case, tensors=tensors, front=front, reach=reach)
-        assert blocks.call_count <= 1  # in the check
+    flex = attention_flex._compile()
+    heads, gradients = call(by_flex, case, tensors=tensors, front=front, reach=reach, flex=flex)
     expected, expected_gradients = call(
         by_blocks, case, tensors=exact[0], front=exact[1], reach=reach
     )
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
     for found, wanted in zip((heads, *gradients), (expected, *expected_gradients), strict=True):
         assert float((found.double() - wanted).norm()) < bound * float(wanted.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_on_a_gpu_takes_compiled_kernels():
+    tensors, front, reach = given(*CASES["whole blocks"], dtype=torch.bfloat16, device="cuda")
+    with mock.patch.object(attention_flex, "by_blocks", side_effect=by_blocks) as blocks:
+        call(attend_window, "whole blocks", tensors=tensors, front=front, reach=reach)
+        assert blocks.call_count <= 1  # in the check

@@ -191,6 +191,24 @@ def test_documents_are_not_supported_and_plain_scans_are() -> None:
     assert supports(case.queries, case.state) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "options", "why"),
+    [
+        ({"keys": torch.zeros(2, 2, 4, 4)}, {}, "keys is .* expected"),
+        ({"forget": torch.zeros(2, 2, 1)}, {}, "forget is .* expected"),
+        ({"state": random_case(time=3, dim=5).state}, {}, "do not continue a layer of width 4"),
+        ({}, {"chunk_size": 0}, "chunk_size 0 is below 1"),
+        ({}, {"activation": "relu"}, "activation 'relu'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name_before_a_kernel_reads_it(
+    changes: dict, options: dict, why: str
+) -> None:
+    case = random_case(time=3, dim=4, dtype=torch.float32).but(**changes)
+    with pytest.raises(ValueError, match=why):
+        case.run(memory_scan, **{"chunk_size": 4} | options)
+
+
 def test_a_machine_without_triton_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_triton, "INSTALLED", False)
     case = random_case(time=3, dtype=torch.float32)

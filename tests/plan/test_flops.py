@@ -152,6 +152,17 @@ def test_the_memory_s_products_by_hand():
     assert flops.memory(model, 5) == 5 * (surprise + reads + writes + inside) + coefficients
 
 
+@pytest.mark.parametrize("variant", WITH_MEMORY)
+def test_a_momentum_that_is_not_used_is_computed_but_not_needed(variant):
+    model = resolved(variant, use_momentum=False, memory_heads=1)
+    layer = 2 * 96 * 24
+    assert flops.memory(model, 5, performed=True) - flops.memory(model, 5) == 5 * 2 * 2 * layer
+    needed, all_of_it = (flops.forward(model, 20, performed=both)["memory"] for both in (0, 1))
+    written = 20 + (0 if variant == "mac" else SMALL["num_persistent_tokens"])
+    blocks = model["num_hidden_layers"]
+    assert all_of_it - needed == blocks * written * 2 * 2 * layer
+
+
 def test_convolutions_are_those_that_torch_counts():
     model = resolved("mal", num_persistent_tokens=0)
     layer = torch.nn.Conv1d(24, 24, 4, groups=24, bias=False)

@@ -17,6 +17,7 @@ MODEL = {
     "num_attention_heads": 4,
     "intermediate_size": 1024,
 }
+LONG = "data.length_schedule=[]"
 
 
 @pytest.fixture
@@ -88,6 +89,16 @@ def test_checkpointing_is_named(run_file, capsys):
     assert "blocks' inputs" in rows
 
 
+@pytest.mark.parametrize("field", ["remember_across_documents", "attend_across_documents"])
+def test_it_is_told_that_documents_are_not_counted(run_file, field, capsys):
+    assert "not counted" not in told(capsys, run_file)
+    assert json.loads(told(capsys, run_file, "--json"))["memory"]["documents_counted"]
+    change = f"model.{field}=false"
+    assert "  not counted: what telling documents apart takes" in told(capsys, run_file, change)
+    known = json.loads(told(capsys, run_file, change, "--json"))["memory"]
+    assert not known["documents_counted"]
+
+
 def test_another_library_s_model_is_not_counted(run_file, tmp_path, capsys):
     content = yaml.safe_load((tmp_path / "run.yaml").read_text())
     model = {"hf": "llama", "vocab_size": 32, "hidden_size": 8, "num_hidden_layers": 1}
@@ -110,3 +121,26 @@ def test_the_documented_example_is_what_is_told(tmp_path, capsys):
     counts = re.search(r"up to (\d+) sequences \((\d+) at chunk 512\)", section).groups()
     for count, line in zip(counts, (most, more), strict=True):
         assert f"H200 141 GB: {count}," in line
+    section, by_kernels = (
+        " ".join(section.split()),
+        r"chunk: ([\d.]+) GiB and ([\d.]+) in all here, up to (\d+) sequences",
+    )
+    states, whole, count = re.search(by_kernels, section).groups()
+    _, rows, most = table(told(capsys, str(path), "train.memory_kernels=triton"))
+    assert (rows["memory states of it"][1], rows["total"][1]) == (states, whole)
+    assert f"H200 141 GB: {count}," in most
+
+
+def test_the_kernels_that_a_run_asks_for_are_counted(run_file, capsys):
+    found = [
+        json.loads(told(capsys, run_file, LONG, f"train.memory_kernels={kernels}", "--json"))
+        for kernels in ("torch", "triton")
+    ]
+    found = [one["memory"] for one in found]
+    assert [one["memory_kernels"] for one in found] == ["torch", "triton"]
+    by_torch, by_kernels = (one["moments"]["backward"]["states"] for one in found)
+    assert 2 * by_torch < by_kernels  # one before each chunk of 64, not each stretch of 256
+    plain = json.loads(told(capsys, run_file, LONG, "--json"))["memory"]
+    assert plain == found[0]
+    most = [list(one["largest_micro_batch"].values()) for one in found]
+    assert most[0] > most[1]

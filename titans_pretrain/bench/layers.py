@@ -12,6 +12,7 @@ from titans_pretrain.model.configuration_titans import TitansConfig
 from titans_pretrain.model.layers import merge_heads, split_heads
 from titans_pretrain.model.modeling_titans import TitansModel
 from titans_pretrain.plan import flops
+from titans_pretrain.train import kernels
 
 Built = tuple[dict[str, Any], dict[str, Callable[[], object]]]
 
@@ -53,11 +54,15 @@ def memory(options: dict[str, Any]) -> Built:
 
     Args:
         options: ``model`` (fields of the configuration), ``length``, ``batch``, ``device``,
-            ``dtype``.
+            ``dtype``, ``memory_kernels``.
+
+    Raises:
+        UserError, TitansError: see ``kernels.choose``.
     """
     torch.manual_seed(0)
     layer = MemoryLayer(TitansConfig(**options["model"]))
     x = prepared(layer, options)
+    kernels.choose(layer, options["memory_kernels"], options["dtype"], x.device)
     length = options["length"]
     return (
         {

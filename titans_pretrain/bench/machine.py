@@ -3,7 +3,7 @@
 import datetime
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,6 @@ from titans_pretrain.errors import UserError
 
 NAME = "machine"
 CEILINGS = (NAME, "product"), (NAME, "copy")
-PEAKS = (  # dense bf16 FLOP/s of the makers' data sheets, the longer name first
-    ("H200 NVL", 835e12),
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
 
 
 def choose(device: str | None, dtype: str | None, threads: int | None) -> tuple[Machine, str]:
@@ -120,12 +112,31 @@ def ceilings_line(found: Mapping[str, Sequence[float]], dtype: str) -> str:
     )
 
 
-def known_peak(environment: Mapping[str, Any], dtype: str) -> float | None:
-    """FLOP/s of the GPU's data sheet; None where it is not known, or not for this dtype."""
-    name = environment.get("gpu", "")
-    if dtype != "bf16":
-        return None
-    return next((peak for known, peak in PEAKS if known in name), None)
+def known_peak(machine: Machine, dtype: str) -> float | None:
+    """FLOP/s of the GPU's data sheet, as the trainer's MFU has it; None where it is not known."""
+    import torch
+
+    from titans_pretrain.train import speed
+
+    return speed.peak(torch.device(machine.device), dtype)
+
+
+def check_kernels(ways: Iterable[str], machine: Machine) -> None:
+    """Refuse Triton kernels where none can run.
+
+    Args:
+        ways: of scanning memories, as ``train.memory_kernels``.
+        machine: what they may use.
+
+    Raises:
+        UserError: kernels on a CPU.
+    """
+    if "triton" in ways and machine.device != "cuda":
+        raise UserError(
+            "Triton kernels run on GPUs",
+            where="--memory-kernels",
+            fix="use --device cuda, or --memory-kernels torch",
+        )
 
 
 def _cpu() -> str:

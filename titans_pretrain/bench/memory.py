@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Options:
     Attributes:
         dim, heads, depth, expansion, chunk: of the memory; a head is dim / heads wide.
         gate_per: gates a token or a chunk.
+        memory_kernels: that scan it, as ``train.memory_kernels``.
         batch: sequences.
         lengths: tokens of a sequence.
         peers: ``attention`` and ``titans-pytorch``, or one of them, or none.
@@ -43,6 +44,7 @@ class Options:
     expansion: int = 4
     chunk: int = 64
     gate_per: str = "token"
+    memory_kernels: str = "torch"
     batch: int = 2
     peers: Sequence[str] = (ATTENTION, THEIRS)
     peer_limit: int = 8192
@@ -69,6 +71,7 @@ def run(options: Options, tell: Tell) -> bool:
     )
     figures.check_json(options.json)
     place, dtype = machine.choose(options.device, options.dtype, options.threads)
+    machine.check_kernels([options.memory_kernels], place)
     environment = machine.facts(place) | {"dtype": dtype}
     common = {"model": model, "batch": options.batch, "device": place.device, "dtype": dtype}
     absent = {ATTENTION, THEIRS} - set(options.peers)
@@ -132,7 +135,7 @@ def _contenders(options: Options, place: Machine, dtype: str) -> list[Contender]
     )
     return [
         machine.contender(place, dtype),
-        Contender(OURS, layers, "memory"),
+        Contender(OURS, layers, "memory", {"memory_kernels": options.memory_kernels}),
         Contender(ATTENTION, layers, "attention", required=False),
         theirs,
     ]
@@ -182,8 +185,9 @@ def _measure(
     """Rows of the table, and the machine's rates in every round of every length."""
     rows: list[dict[str, Any]] = []
     rates: dict[str, list[float]] = {"product": [], "copy": []}
-    first: list[float] = []
-    with Field.of(everyone, place, tell) as field:
+    first, *further = options.lengths
+    again = _again(everyone, first)
+    with Field.of([*everyone, *([again] if further else [])], place, tell) as field:
         ceiling = field.build([machine.NAME])[machine.NAME]
         for length in options.lengths:
             names = [one.name for one in everyone if one.name != machine.NAME]
@@ -193,6 +197,9 @@ def _measure(
             tell.progress(f"{what}building")
             built = field.build(names, **common, length=length)
             jobs = [*machine.CEILINGS, *((name, "training") for name in built), (OURS, "scan")]
+            if length != first:
+                field.build([again.name], **common, length=first)
+                jobs.append((again.name, "training"))
             times = field.times(jobs, options.rounds, what)
             found = machine.rates(ceiling, times)
             rates = {key: rates[key] + found[key] for key in rates}
@@ -201,17 +208,26 @@ def _measure(
                 for name in built
                 if (name, "training") in times
             }
-            first = first or [one / length for one in seconds[OURS]]
+            beside = times[OURS if length == first else again.name, "training"]
             scan = [built[OURS]["scan_flops"] / one["seconds"] for one in times[OURS, "scan"]]
             for name in seconds:
                 rows.append(_row(length, name, built[name], seconds, options))
             ours = next(row for row in rows if (row["tokens"], row["layer"]) == (length, OURS))
             ours["products"] = figures.ratio(scan, found["product"])
             ours["scan_flops_per_second"] = figures.spread(scan)
-            ours["growth"] = figures.ratio([one / length for one in seconds[OURS]], first)
+            ours["growth"] = figures.ratio(
+                [one / length for one in seconds[OURS]],
+                [one["seconds"] / first for one in beside],
+            )
         field.drop()
         _memories(rows, everyone, place, common, tell)
     return rows, rates
+
+
+def _again(everyone: Sequence[Contender], length: int) -> Contender:
+    """Ours once more, at the first length: its turns are in the same rounds as a further one's."""
+    ours = next(one for one in everyone if one.name == OURS)
+    return replace(ours, name=f"{OURS} at {length:,}")
 
 
 def _row(
@@ -264,8 +280,9 @@ def _show(result: Mapping[str, Any], rates: Mapping[str, Sequence[float]]) -> No
     print(machine.ceilings_line(rates, environment["dtype"]))
     print(
         f"{environment['dtype']}, width {options['dim']}, {options['heads']} heads, memory of "
-        f"{options['depth']} layers x {options['expansion']}, chunk {options['chunk']}, batch "
-        f"{options['batch']}; forward and backward, {options['rounds']} rounds\n"
+        f"{options['depth']} layers x {options['expansion']}, chunk {options['chunk']}, scanned by "
+        f"{options['memory_kernels']}, batch {options['batch']}; forward and backward, "
+        f"{options['rounds']} rounds\n"
     )
     head = ["tokens", "layer", "seconds", "tokens/s", f"tokens/s, of {THEIRS}"]
     head += [f"of {ATTENTION}", "extra peak MB", "scan forward, of products", "time a token"]

@@ -44,6 +44,8 @@ class Options:
         length: tokens of a sequence.
         micro_batch: sequences.
         checkpointing: whether blocks are recomputed in backward.
+        memory_kernels: that scan memories, as ``train.memory_kernels``; None takes each run's.
+        against: a preset or a run's YAML file whose speed all others' are compared with.
         peer: whether each Titans has a Transformer++ of equal parameters beside it.
         rounds, device, dtype, threads, json: see ``memory.Options``.
         check: targets, ``KIND=BOUND`` with a kind out of ``KINDS``.
@@ -54,6 +56,8 @@ class Options:
     length: int = 4096
     micro_batch: int = 1
     checkpointing: bool = False
+    memory_kernels: str | None = None
+    against: str | None = None
     peer: bool = True
     rounds: int = 5
     device: str | None = None
@@ -71,15 +75,17 @@ def run(options: Options, tell: Tell) -> bool:
         ContenderFailed: a model cannot be trained, for lack of memory for example.
     """
     figures.check_json(options.json)
-    models = named(options.models, options.override)
+    models = _models(options)
+    kernels = _kernels(options, models)
     peers = {name: beside for name, model in models.items() if (beside := _peer(model, options))}
     targets = _targets(options.check, models, peers)
     place, dtype = machine.choose(options.device, options.dtype, options.threads)
+    machine.check_kernels(kernels.values(), place)
     environment = machine.facts(place) | {"dtype": dtype}
     entrants = models | {f"{PEER} for {name}": model for name, model in peers.items()}
-    rows, rates = _measure(entrants, options, place, dtype, tell)
+    rows, rates = _measure(entrants, kernels, options, place, dtype, tell)
     tell.clear()
-    peak = machine.known_peak(environment, dtype)
+    peak = machine.known_peak(place, dtype)
     _judge_rates(rows, rates["product"], peak)
     result: dict[str, Any] = {
         "benchmark": "model",
@@ -102,11 +108,55 @@ def named(models: Sequence[str], override: Sequence[str]) -> dict[str, dict[str,
     """
     found: dict[str, dict[str, Any]] = {}
     for text in models:
-        name = Path(text).stem if text.endswith((".yaml", ".yml")) else text
+        name = _name(text)
         if name in found:
             raise UserError(f"{name} is given twice", where="MODEL", fix="give it once")
         found[name] = _fields(text, override)
     return found
+
+
+def _models(options: Options) -> dict[str, dict[str, Any]]:
+    """The fields of all models, the one that others are compared with among them."""
+    models = named(options.models, options.override)
+    if options.against is None or options.against in options.models:
+        return models
+    (name,) = against = named([options.against], [])
+    if name in models:
+        raise UserError(f"{name} is given twice", where="--against", fix="give another file's name")
+    return models | against
+
+
+def _is_run(text: str) -> bool:
+    return text.endswith((".yaml", ".yml"))
+
+
+def _name(text: str) -> str:
+    """Of a preset, or of a run's file."""
+    return Path(text).stem if _is_run(text) else text
+
+
+def _kernels(options: Options, models: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Which kernels scan the memory of each model that has one.
+
+    Raises:
+        UserError: kernels are asked for, and no model has a memory.
+    """
+    typed = {_name(text): (text, options.override) for text in options.models}
+    if options.against is not None:
+        typed.setdefault(_name(options.against), (options.against, ()))
+    found = {}
+    for name, (text, override) in typed.items():
+        if foreign.is_foreign(models[name]) or models[name]["variant"] not in fields.WITH_MEMORY:
+            continue
+        of_run = _run(text, override).train.memory_kernels if _is_run(text) else "torch"
+        found[name] = options.memory_kernels or of_run
+    if options.memory_kernels == "triton" and not found:
+        raise UserError("no model has a memory", where="--memory-kernels", fix="leave it out")
+    return found
+
+
+def _run(text: str, override: Sequence[str]) -> config.RunConfig:
+    return config.load(text, [f"model.{given}" for given in override])
 
 
 def _fields(text: str, override: Sequence[str]) -> dict[str, Any]:
@@ -115,8 +165,8 @@ def _fields(text: str, override: Sequence[str]) -> dict[str, Any]:
         key, equals, _ = given.partition("=")
         if not equals or not key:
             raise UserError(f"{given!r} sets nothing", where="--set", fix="write KEY=VALUE")
-    if text.endswith((".yaml", ".yml")):
-        return config.load(text, [f"model.{given}" for given in override]).model
+    if _is_run(text):
+        return _run(text, override).model
     values = {}
     for given in override:
         key, _, value = given.partition("=")
@@ -153,6 +203,7 @@ def _peer(model: Mapping[str, Any], options: Options) -> dict[str, Any] | None:
 
 def _measure(
     entrants: Mapping[str, Mapping[str, Any]],
+    kernels: Mapping[str, str],
     options: Options,
     place: Machine,
     dtype: str,
@@ -167,8 +218,7 @@ def _measure(
         "dtype": dtype,
     }
     models = [
-        Contender(name, HERE / "steps.py", "build", {"model": dict(model)})
-        for name, model in entrants.items()
+        _contender(name, model, kernels.get(name, "torch")) for name, model in entrants.items()
     ]
     with Field.of([machine.contender(place, dtype), *models], place, tell) as field:
         tell.progress("building")
@@ -183,9 +233,15 @@ def _measure(
         for name, model in entrants.items()
     ]
     for row, contender in zip(rows, models, strict=True):
+        row["memory_kernels"] = kernels.get(contender.name)
         tell.progress(f"peak memory: {contender.name}")
         row["peak_bytes"] = contenders.peak(contender, place, "training", **common)
     return rows, machine.rates(ceiling, times)
+
+
+def _contender(name: str, model: Mapping[str, Any], kernels: str) -> Contender:
+    options = {"model": dict(model), "memory_kernels": kernels}
+    return Contender(name, HERE / "steps.py", "build", options)
 
 
 def _row(
@@ -199,6 +255,8 @@ def _row(
     """What was timed of a model; ``rates`` are its model FLOP/s, None where they are not known."""
     own = seconds[name]
     beside = seconds.get(f"{PEER} for {name}")
+    against = None if options.against is None else _name(options.against)
+    other = None if against in (None, name) else seconds[str(against)]
     needed = (
         flops.training(model, options.length, options.micro_batch)
         if flops.is_counted(model)
@@ -210,6 +268,7 @@ def _row(
         "seconds": figures.spread(own),
         "tokens_per_second": figures.spread([tokens / one for one in own]),
         "of_peer": None if beside is None else figures.ratio(beside, own),
+        "of_against": None if other is None else figures.ratio(other, own),
         "flops": needed,
         "rates": None if needed is None else [needed / one for one in own],
     }
@@ -275,21 +334,26 @@ def _show(result: Mapping[str, Any], rates: Mapping[str, Sequence[float]]) -> No
     )
     peak = result["ceilings"]["known_peak_flops_per_second"]
     share = "share of measured products" if peak is None else "MFU"
-    head = ["model", "parameters", "seconds", "tokens/s", f"of {PEER}'s", share, "extra peak MB"]
-    print(figures.table(head, [_cells(row, peak) for row in result["rows"]]))
+    head = ["model", "memory scanned by", "parameters", "seconds", "tokens/s", f"of {PEER}'s"]
+    if against := options["against"]:
+        head.append(f"of {_name(against)}'s")
+    head += [share, "extra peak MB"]
+    cells = [_cells(row, peak, against=against is not None) for row in result["rows"]]
+    print(figures.table(head, cells))
     print()
     for line in figures.verdict_lines(result["checks"]):
         print(line)
 
 
-def _cells(row: Mapping[str, Any], peak: float | None) -> list[str]:
+def _cells(row: Mapping[str, Any], peak: float | None, *, against: bool) -> list[str]:
     share = row["products"] if peak is None else row["mfu"]
+    ratios = [row["of_peer"], *([row["of_against"]] if against else []), share]
     return [
         row["model"],
+        row["memory_kernels"] or "-",
         f"{row['parameters']:,}",
         row["seconds"].text(".3f"),
         f"{row['tokens_per_second'].median:,.0f}",
-        "-" if row["of_peer"] is None else row["of_peer"].text(),
-        "-" if share is None else share.text(),
+        *("-" if ratio is None else ratio.text() for ratio in ratios),
         f"{row['peak_bytes'] / 1e6:,.0f}",
     ]

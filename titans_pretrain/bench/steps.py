@@ -11,6 +11,7 @@ from titans_pretrain.bench.ceilings import DTYPES
 from titans_pretrain.model.layers import full_precision
 from titans_pretrain.parallel import loss_head
 from titans_pretrain.parallel.construct import construct
+from titans_pretrain.train import kernels
 
 
 def build(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[], object]]]:
@@ -18,11 +19,15 @@ def build(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[[
 
     Args:
         options: ``model`` (resolved fields, or another library's keys), ``length``, ``rows``,
-            ``checkpointing``, ``device``, ``dtype``.
+            ``checkpointing``, ``memory_kernels``, ``device``, ``dtype``.
+
+    Raises:
+        UserError, TitansError: see ``kernels.choose``.
     """
     device, dtype = torch.device(options["device"]), DTYPES[options["dtype"]]
     model = construct(options["model"], 0)
     model.to(device=device, dtype=dtype)
+    kernels.choose(model, options["memory_kernels"], options["dtype"], device)
     model.train()
     if options["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})

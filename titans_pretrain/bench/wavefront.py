@@ -73,9 +73,11 @@ def run(options: Options, tell: Tell) -> bool:
     """Measure, print, write, draw; whether the target is met.
 
     Raises:
-        UserError: a file that could not be written.
+        UserError: a file that could not be written, a number of ranks given twice.
         TitansError: a rank failed.
     """
+    if twice := {one for one in options.ranks if list(options.ranks).count(one) > 1}:
+        raise UserError(f"{min(twice)} is given twice", where="--ranks", fix="give it once")
     figures.check_json(options.json)
     check_plot(options.plot)
     environment = machine.facts(Machine("cpu", 1))

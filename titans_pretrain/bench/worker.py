@@ -63,6 +63,7 @@ class Subject:
             "seconds": (time.perf_counter() - clock) / calls,
             "processor": (time.process_time() - processor) / calls,
         }
+        self.passes.get("forget", int)()
         self._rest()
         return taken
 

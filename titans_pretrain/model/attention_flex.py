@@ -24,10 +24,9 @@ except ImportError:
 BLOCK = 128
 WIDTHS = range(16, 257)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SHAPES = 4  # torch compiles anew for each, and gives up after eight
+MANY = 8  # shapes of one process, each of which is compiled anew
 TOLERANCE = 0.03  # of the check, in any precision
 SINCE = (2, 7)  # torch, whose block masks tell their lengths
-_compiled_for: set[Any] = set()
 
 
 def attend_window(
@@ -51,8 +50,11 @@ def attend_window(
     Returns:
         Heads (B, H, N, h).
     """
-    if _fits(queries) and _compiles(queries, keys, window, prefix, reach):
-        return by_flex(queries, keys, values, window, prefix=prefix, reach=reach, flex=_compiled())
+    # what was attended to before does not count: a run that is resumed takes the same way
+    if _fits(queries) and _whole_blocks(queries.shape[2]):
+        sizes = (queries.shape, keys.shape, window, prefix and prefix[0].shape)
+        flex = _compiled((*sizes, reach is None, queries.dtype, queries.device))
+        return by_flex(queries, keys, values, window, prefix=prefix, reach=reach, flex=flex)
     return by_blocks(queries, keys, values, window, prefix=prefix, reach=reach)
 
 
@@ -78,7 +80,9 @@ def by_flex(
     return flex(queries, keys, values, block_mask=mask)
 
 
-@functools.lru_cache(maxsize=16)  # one for all layers of a pass; a reach is known by identity
+# one for all layers of a pass, by the identity of its reach; few, for each takes 64 MB a row at
+# 256K tokens
+@functools.lru_cache(maxsize=2)
 def block_mask(
     slots: int,
     past: int,
@@ -171,19 +175,42 @@ def _on_gpu(queries: Tensor) -> bool:
     return queries.is_cuda
 
 
-def _compiles(queries: Tensor, keys: Tensor, window: int, prefix: Any, reach: Any) -> bool:
-    """Whether torch has compiled for arguments like these, or will."""
-    sizes = (queries.shape, keys.shape, window, prefix and prefix[0].shape)
-    key = (*sizes, reach is None, queries.dtype, queries.device)
-    if key not in _compiled_for and len(_compiled_for) < SHAPES:
-        _compiled_for.add(key)
-    return key in _compiled_for
+def _whole_blocks(slots: int) -> bool:
+    """Whether they are: where lengths vary freely, every step would wait for a compiler."""
+    if slots % BLOCK:
+        _say_that_blocks_are_cut()
+    return slots % BLOCK == 0
+
+
+@functools.cache  # once
+def _say_that_blocks_are_cut() -> None:
+    warnings.warn(
+        f"window attention goes by blocks where a length is no multiple of {BLOCK}: FlexAttention "
+        "is compiled for multiples alone",
+        stacklevel=4,
+    )
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled(shape: Any) -> Callable[..., Tensor]:
+    """The function for arguments of one shape, kept: torch lets go of none that it compiled."""
+    if _compiled.cache_info().currsize == MANY:
+        warnings.warn(
+            f"window attention has met more than {MANY} shapes, and each is compiled anew: fewer "
+            "lengths and batch sizes train faster",
+            stacklevel=3,
+        )
+    return _compile()
+
+
+def _compile() -> Callable[..., Tensor]:
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, block_mask: BlockMask) -> Tensor:
+        return flex_attention(queries, keys, values, block_mask=block_mask)
+
+    # torch counts what it compiled by code objects, and gives up after eight of one
+    attend.__code__ = attend.__code__.replace()
     # an error, not torch's way without kernels, which takes the memory of every pair
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return torch.compile(attend, dynamic=False, fullgraph=True)
 
 
 @functools.cache
@@ -215,7 +242,7 @@ def _check(width: int, dtype: torch.dtype, device: torch.device) -> None:
     waves = (numbers.square() % 1009 / 504.5 - 1).to(dtype).split([size * width for size in sizes])
     given = [wave.view(1, 1, -1, width).requires_grad_() for wave in waves]
     reach = torch.arange(slots, device=device)[None] % 100
-    ways: list[Callable[..., Tensor]] = [functools.partial(by_flex, flex=_compiled()), by_blocks]
+    ways: list[Callable[..., Tensor]] = [functools.partial(by_flex, flex=_compile()), by_blocks]
     found = []
     # hooks of its own: in a checkpointed block, its backward pass would run the block again
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):

@@ -100,14 +100,14 @@ class _Convolved(torch.autograd.Function):
 
 
 def _depthwise(x: Tensor, weight: Tensor) -> Tensor:
-    """(B, T + K - 1, D) with (D, K) to (B, T, D); one of the library's on a CPU."""
+    """(B, T + K - 1, D) with (D, K) to (B, T, D); one of the library's for float32 on a CPU."""
     time = x.shape[1] - weight.shape[1] + 1
-    if x.device.type != "cpu" or not time:  # cuDNN would round float32 to TF32
+    here = x.device.type == "cpu" and time and {x.dtype, weight.dtype} == {torch.float32}
+    if not here:  # cuDNN would round float32 to TF32; oneDNN takes minutes for bfloat16
         return torch.stack([x[:, tap : tap + time] * w for tap, w in enumerate(weight.T)]).sum(0)
-    dtype = torch.promote_types(x.dtype, weight.dtype)
     with torch.autocast(device_type="cpu", enabled=False):
         # an image of one row, whose channels may come last
-        image, kernel = x.to(dtype).mT[:, :, None], weight.to(dtype)[:, None, None]
+        image, kernel = x.mT[:, :, None], weight[:, None, None]
         return F.conv2d(image, kernel, groups=len(weight))[:, :, 0].mT
 
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .memory_chunk import MemoryState, Resets, flatten, unflatten
+from .memory import check
+from .memory_chunk import MemoryState, Resets, Rule, Tokens, flatten, unflatten
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 LARGEST_BLOCK = 64
@@ -112,11 +113,13 @@ def memory_scan(
     surprise_clip: float | None = None,
     resets: Resets | None = None,
 ) -> tuple[Tensor, MemoryState]:
-    """``memory.memory_scan`` for what ``supports`` agrees to; the arguments are checked there.
+    """``memory.memory_scan`` for what ``supports`` agrees to; see there.
 
     Raises:
-        ValueError: a scan that ``supports`` refuses.
+        ValueError: arguments that ``memory.memory_scan`` refuses, or a scan that ``supports`` does.
     """
+    tokens = Tokens(queries, keys, values, forget, momentum, step)
+    check(tokens, state, chunk_size, Rule(activation, residual, surprise_clip), resets)
     if (why := supports(queries, state, resets=resets)) is not None:
         raise ValueError(f"no Triton kernel for this scan: {why}")
     batch, heads, time, width = queries.shape

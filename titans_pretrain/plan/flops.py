@@ -4,7 +4,8 @@ A multiply-add of a matrix product or of a convolution is two FLOPs; elementwise
 embedding's look-up are none. Products are counted as the model needs them: causal attention over
 the keys a query sees, so about half of a square, a window over the window. ``performed`` counts
 what plain SDPA does instead, all of each block of queries and keys, masked or not, which is what
-torch's own counter finds; the memory is made of blocks and counts the same in both.
+torch's own counter finds. The memory is made of blocks and counts the same in both, but for a
+momentum that the model does not use: it is zero, and multiplied all the same.
 
 D hidden_size, T tokens of a sequence.
 """
@@ -40,7 +41,8 @@ def forward(
         model: resolved fields of TitansConfig, or the keys of one of this package's baselines.
         length: T, tokens of a sequence.
         rows: sequences of the pass; what persistent tokens bring is made once for all of them.
-        performed: count masked products of attention, and of a baseline's recurrence, too.
+        performed: count masked products of attention and of a baseline's recurrence too, and those
+            of a momentum that is not used.
 
     Raises:
         UserError: the model's FLOPs are not counted, see ``is_counted``.
@@ -101,14 +103,15 @@ def scaled(count: float) -> str:
     return f"{count:.{digits}f} {PREFIXES[power]}"
 
 
-def memory(model: Mapping[str, Any], tokens: int) -> int:
+def memory(model: Mapping[str, Any], tokens: int, *, performed: bool = False) -> int:
     """FLOPs of one layer's memory scan over tokens of a sequence that begin a chunk, all heads.
 
     Reads and writes go by blocks of at most MEMORY_BLOCK tokens inside a chunk. Per block of b
     tokens, and memory layer of out x in:
 
     - surprise: keys forward, and errors back through all layers but the first;
-    - reads of weights and momentum, and writes of both;
+    - reads of weights and momentum, and writes of both; of weights alone where the model has no
+      momentum, though what is ``performed`` has both;
     - within the block, b x b scores of queries and keys and their application to errors.
 
     Besides, once a block, the products of b x b coefficients. Masked halves count: they are what
@@ -118,9 +121,10 @@ def memory(model: Mapping[str, Any], tokens: int) -> int:
     products = 2 * sum(out * into for out, into in layers)
     back = 2 * sum(out * into for out, into in layers[1:])
     inside = 2 * sum(out + into for out, into in layers)
+    whole = 3 + 2 * (performed or bool(model["use_momentum"]))
     flops = 0
     for b, count in memory_blocks(tokens, model["chunk_size"]).items():
-        per_token = 5 * products + back + b * inside
+        per_token = whole * products + back + b * inside
         coefficients = 2 * b**2 * (b + 1)
         flops += count * (b * per_token + coefficients)
     return memory_heads(model) * flops
@@ -144,8 +148,8 @@ def _block(model: Mapping[str, Any], length: int, rows: int, *, performed: bool)
     found["feed_forward"] = 2 * 3 * tokens * width * model["intermediate_size"]
     found["attention"] = 4 * rows * width * _pairs(model, length, performed=performed)
     if model["variant"] in WITH_MEMORY:
-        found += _memory(model, length, rows)
-        found += _persistent(model)
+        found += _memory(model, length, rows, performed=performed)
+        found += _persistent(model, performed=performed)
     return found
 
 
@@ -163,7 +167,7 @@ def _pairs(model: Mapping[str, Any], length: int, *, performed: bool) -> int:
     return 0
 
 
-def _memory(model: Mapping[str, Any], length: int, rows: int) -> Counter[str]:
+def _memory(model: Mapping[str, Any], length: int, rows: int, *, performed: bool) -> Counter[str]:
     """One layer's scan with its convolutions and gates; MAC recalls by queries of its own."""
     found, tokens, branches = Counter[str](), length * rows, 3
     found["projections"] = _gates(model, tokens)
@@ -171,16 +175,17 @@ def _memory(model: Mapping[str, Any], length: int, rows: int) -> Counter[str]:
         branches = 4
         spans = Counter({model["segment_length"]: length // model["segment_length"]})
         spans[length % model["segment_length"]] += 1
-        found["memory"] = rows * sum(memory(model, span) * n for span, n in spans.items())
+        scans = (n * memory(model, span, performed=performed) for span, n in spans.items())
+        found["memory"] = rows * sum(scans)
         weights = sum(out * into for out, into in memory_layers(model))
         found["memory"] += 2 * tokens * memory_heads(model) * weights
     else:
-        found["memory"] = rows * memory(model, length)
+        found["memory"] = rows * memory(model, length, performed=performed)
     found["convolutions"] = _convolutions(model, tokens, branches)
     return found
 
 
-def _persistent(model: Mapping[str, Any]) -> Counter[str]:
+def _persistent(model: Mapping[str, Any], *, performed: bool) -> Counter[str]:
     """What one layer does with persistent tokens, once a pass: they are written, or keys."""
     found, tokens = Counter[str](), model["num_persistent_tokens"]
     projection = 2 * tokens * model["hidden_size"] ** 2
@@ -189,7 +194,7 @@ def _persistent(model: Mapping[str, Any]) -> Counter[str]:
     if model["variant"] != "mac":
         found["projections"] += 3 * projection + _gates(model, tokens)
         found["convolutions"] = _convolutions(model, tokens, 3)
-        found["memory"] = memory(model, tokens)
+        found["memory"] = memory(model, tokens, performed=performed)
     return found
 
 

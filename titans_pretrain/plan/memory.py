@@ -62,24 +62,18 @@ def is_counted(config: RunConfig) -> bool:
     return config.model.get("variant") in VARIANTS
 
 
-def total(
-    config: RunConfig, mesh: Mesh, length: int | None = None, *, kernels: bool = False
-) -> int:
+def total(config: RunConfig, mesh: Mesh, length: int | None = None) -> int:
     """Bytes of a step at its fullest; see ``moments``."""
-    counted = moments(config, mesh, length, kernels=kernels)
-    return max(terms.total for terms in counted.values())
+    return max(terms.total for terms in moments(config, mesh, length).values())
 
 
-def moments(
-    config: RunConfig, mesh: Mesh, length: int | None = None, *, kernels: bool = False
-) -> dict[str, Terms]:
+def moments(config: RunConfig, mesh: Mesh, length: int | None = None) -> dict[str, Terms]:
     """Bytes at the loss, in the backward pass of a block, and at the update.
 
     Args:
         config: the run; see ``is_counted``.
         mesh: its grid of ranks.
         length: tokens of a sequence, if not data.sequence_length.
-        kernels: whether Triton kernels scan the memories that they support, as on a GPU.
     """
     length = length or config.data.sequence_length
     span = Span(
@@ -88,7 +82,7 @@ def moments(
         tokens=length // mesh.sequence,
         tensor=mesh.tensor,
         activation=ACTIVATION_BYTES[config.train.precision],
-        kernels=kernels,
+        kernels=config.train.memory_kernels == "triton",
     )
     always = _always(config, mesh)
     return {
@@ -98,17 +92,14 @@ def moments(
     }
 
 
-def largest_micro_batch(
-    config: RunConfig, mesh: Mesh, size: float, length: int, *, kernels: bool = False
-) -> int:
+def largest_micro_batch(config: RunConfig, mesh: Mesh, size: float, length: int) -> int:
     """Most sequences of full length in a micro-batch whose step takes ``size`` bytes; 0 for none.
 
     The number of micro-batches stays, the global batch grows with them.
     """
 
     def fits(sequences: int) -> bool:
-        run = _with_micro_batch(config, mesh, sequences)
-        return total(run, mesh, length, kernels=kernels) <= size
+        return total(_with_micro_batch(config, mesh, sequences), mesh, length) <= size
 
     high = 1
     while fits(high):
@@ -139,7 +130,7 @@ def _always(config: RunConfig, mesh: Mesh) -> dict[str, int]:
     on_device = 0 if config.train.offload_optimizer else shard
     bucket = min(BUCKET_ELEMENTS, elements)
     # what is not shared is used where it lies; DeepSpeed keeps what it will use again soon
-    live = elements if elements <= REUSE_ELEMENTS // 2 else min(elements, REUSE_ELEMENTS + bucket)
+    live = min(elements, REUSE_ELEMENTS + bucket)
     return {
         "weights": shard * a,
         "gathered": (live - live // mesh.data) * a,

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from titans_pretrain.config import RunConfig
+from titans_pretrain.model import fields
 from titans_pretrain.parallel.mesh import Mesh
 from titans_pretrain.plan import memory
 
@@ -25,24 +26,22 @@ NAMES = {
 def facts(config: RunConfig, mesh: Mesh, lengths: list[int]) -> dict[str, Any] | None:
     """Bytes by moment and term where sequences have the length, of ``lengths``, that takes most.
 
-    None where the model's activations are not known. ``kernels`` tells whether Triton kernels scan
-    the memory, which is counted as what takes more. ``largest_micro_batch`` holds, by GPU, the
-    sequences of full length that a micro-batch may have, 0 where none fits.
+    None where the model's activations are not known. ``largest_micro_batch`` holds, by GPU, the
+    sequences of full length that a micro-batch may have, 0 where none fits. ``documents_counted``
+    is false of a model that tells documents apart: what that takes is not among the bytes.
     """
     if not memory.is_counted(config):
         return None
-    length, kernels = max(
-        ((length, way) for length in lengths for way in (False, True)),
-        key=lambda one: memory.total(config, mesh, one[0], kernels=one[1]),
-    )
-    moments = memory.moments(config, mesh, length, kernels=kernels)
+    length = max(lengths, key=lambda one: memory.total(config, mesh, one))
+    moments = memory.moments(config, mesh, length)
     return {
         "sequence_length": length,
-        "kernels": kernels,
+        "memory_kernels": config.train.memory_kernels,
+        "documents_counted": not fields.separates_documents(config.model),
         "bytes": max(terms.total for terms in moments.values()),
         "moments": {name: vars(terms) | {"total": terms.total} for name, terms in moments.items()},
         "largest_micro_batch": {
-            name: min(_largest(config, mesh, size, length, way) for way in (False, True))
+            name: memory.largest_micro_batch(config, mesh, size * GIB * USED, length)
             for name, size in GPUS.items()
         },
     }
@@ -71,15 +70,15 @@ def text(config: RunConfig, known: Mapping[str, Any] | None) -> Iterator[str]:
     for first, *rest in rows:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         yield "  " + "  ".join([first.ljust(widths[0]), *cells])
+    if not known["documents_counted"]:
+        yield (
+            "  not counted: what telling documents apart takes, up to a memory state before each "
+            "chunk and masks of each row"
+        )
     yield f"  most sequences of {config.data.sequence_length:,} tokens in a micro-batch:"
     yield "    " + ", ".join(
         f"{gpu}: {most or 'none'}" for gpu, most in known["largest_micro_batch"].items()
     )
-
-
-def _largest(config: RunConfig, mesh: Mesh, size: int, length: int, kernels: bool) -> int:
-    usable = size * GIB * USED
-    return memory.largest_micro_batch(config, mesh, usable, length, kernels=kernels)
 
 
 def _name(term: str, *, checkpointed: bool) -> str:

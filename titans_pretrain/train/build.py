@@ -75,7 +75,7 @@ def build_engine(config: RunConfig, parallel: Parallel, device: torch.device) ->
     partition = partitioner(config.train, parallel.groups)
     model = construct(config.model, config.train.seed, parallel, partition)
     matrices = _matrices(config)
-    kernels.choose(model, config.train, device)
+    kernels.choose(model, config.train.memory_kernels, config.train.precision, device)
     adam = optimizer.build(model, config.train, matrices)
     engine = ZeroEngine(model, adam, config.train, parallel, device)
     engine.train()
