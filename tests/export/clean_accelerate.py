@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import transformers
 from accelerate import infer_auto_device_map, init_empty_weights
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from clean_checks import GREEDY, NEW, TEXTS, Checks, Subject, logits, padded, same
@@ -23,7 +24,13 @@ def a_device_map_changes_nothing(it: Subject) -> None:
 @CHECKS.add
 def what_lies_on_disk_changes_nothing(it: Subject) -> None:
     ids, mask = padded(it)
-    for on_disk in (["model.layers.1"], list(_disk_map(it))):
+    everything = list(_disk_map(it))
+    if transformers.__version__.startswith("4.") and it.model.config.tie_word_embeddings:
+        # transformers 4 finds no model's tied weights on disk
+        everything = [
+            place for place in everything if place not in ("model.embed_tokens", "lm_head")
+        ]
+    for on_disk in (["model.layers.1"], everything):
         with tempfile.TemporaryDirectory() as folder:
             places = _disk_map(it) | dict.fromkeys(on_disk, "disk")
             model = it.load(device_map=places, offload_folder=folder)
